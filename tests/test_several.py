@@ -80,7 +80,7 @@ def test_which_names_an_average() -> None:
     ema = EMA(model, SCHEDULES)
     for which in (1, np.int64(1), "Constant(decay=0.7)", Constant(0.7)):
         assert ema.metrics(which)["decay"] == 0.7
-    for which in (3, -1, "Uniform()"):
+    for which in (3, -1, -5, "Uniform()"):
         with pytest.raises(ValueError, match=r"there is no average .* 0: Power"):
             ema.gather(which)
     with pytest.raises(ValueError, match="different schedules"):

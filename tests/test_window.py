@@ -131,6 +131,31 @@ def test_elapsed_and_skipped_blocks(every: int) -> None:
     assert ema.gather()["w"][0].item() == pytest.approx(sum(values) / len(values), rel=1e-12)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_updates_of_any_size(every: int) -> None:
+    """A smaller last batch of each epoch: the mean counts the units that each update stands for."""
+    window = Window(LENGTH, blocks=BLOCKS)
+    model = line()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    units = [(1.0, 0.75, 0.5)[step % 3] for step in range(40)]
+    sizes = iter(units)
+    ema = EMA(model, window, dtype=torch.float64)
+    ema.attach(optimizer, every=every, elapsed=lambda: next(sizes))
+    past, clock = [], [0.0]
+    for step in range(0, 40, every):
+        for _ in range(every):
+            model.w.grad = torch.randn(5, dtype=torch.double)
+            optimizer.step()
+        clock.append(clock[-1] + sum(units[step : step + every]))
+        past.append(model.w.detach().clone())
+        first = (window.block_at(clock[-1]) + 1 - BLOCKS) * window.block
+        # A block begins where the last update before it ended.
+        inside = [i for i, end in enumerate(clock[1:]) if end > first + 1e-9]
+        shares = torch.tensor([clock[i + 1] - clock[i] for i in inside], dtype=torch.double)
+        expected = (shares[:, None] * torch.stack([past[i] for i in inside])).sum(0) / shares.sum()
+        torch.testing.assert_close(ema.gather()["w"], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_replaced_weight_has_no_past() -> None:
     """After rescan its blocks are forgotten; others keep theirs."""
     ema = EMA(line(), Window(LENGTH, blocks=BLOCKS), dtype=torch.float64)

@@ -107,6 +107,11 @@ class Average:
         """The repr of the schedule."""
         return repr(self.schedule)
 
+    @property
+    def mover(self) -> Schedule:
+        """The schedule by which the shadows move: of a window the mean of its block under way."""
+        return self.schedule if self.ring is None else self.ring.mean
+
     def used(self, which: int | str | Schedule, now: float) -> Average:
         """The average as verbs use it: a window is mixed from its ring. Settle before."""
         if self.ring is None:

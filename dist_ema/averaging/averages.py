@@ -290,12 +290,12 @@ class AveragedWeights:
             self.inventory.refuse_unfrozen()
             self.follow(tree=self._watch.sees_tree)
         self._keep_full_blocks(elapsed)
-        schedules = [once or average.schedule for average in self.averages]
-        decays = self.clock.move(schedules, elapsed)
+        decays = self.clock.move([once or average.mover for average in self.averages], elapsed)
         weights = []
-        for average, schedule, decay in zip(self.averages, schedules, decays, strict=True):
+        for average, decay in zip(self.averages, decays, strict=True):
             average.last = decay, elapsed
-            weights.append(average.skipped_steps.weigh(1 - decay, schedule.copies_first, skip))
+            copies_first = (once or average.schedule).copies_first
+            weights.append(average.skipped_steps.weigh(1 - decay, copies_first, skip))
         self._await_teacher_reads()  # the update writes what they copy
         self.updates.run(weights, number, guard)
         self.after_move()

@@ -66,6 +66,11 @@ class WindowRing:
         """Bytes of the blocks on this rank; shadows do not count."""
         return sum(value.nbytes for block in self.entries for value in block.values.values())
 
+    @property
+    def mean(self) -> BlockMean:
+        """The schedule of the block under way, however the updates in it move the clock."""
+        return BlockMean(self.window.block, self.begin, self.begin)
+
     def clear(self, begin: float = 0.0) -> None:
         """Drop all blocks: the window begins here."""
         self.entries.clear()

@@ -42,7 +42,8 @@ class Window(Ranged):
         blocks: The number of blocks in the window.
         ring: A folder on a local disk, where full blocks lie in temporary files; None: host memory.
 
-    Called like any schedule, it gives the decay of the mean of the block under way.
+    Called like any schedule, it gives the decay of the mean of the block under way, where all
+    updates move the clock by `elapsed`. An EMA knows where the block began, and takes any.
     """
 
     length: float
@@ -131,3 +132,6 @@ class BlockMean(Uniform):
     size: float
     begin: float
     end: float
+
+    def __call__(self, now: float, elapsed: float = 1.0) -> float:
+        return super().__call__(now - self.begin, elapsed)

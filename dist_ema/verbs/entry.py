@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch.distributed as dist
@@ -192,7 +193,8 @@ class VerbEntry:
         """The facts that all ranks must share: `arguments`, and what led to the averages."""
         names = [average.name for average in self.weights.averages]
         # A number and a name may mean the same average.
-        chosen_average = names[which] if isinstance(which, int) and which < len(names) else which
+        is_number = isinstance(which, Integral) and 0 <= int(which) < len(names)
+        chosen_average = names[int(which)] if is_number else which
         common = {
             **arguments,
             "which": str(chosen_average),
