@@ -193,11 +193,11 @@ class VerbEntry:
         """The facts that all ranks must share: `arguments`, and what led to the averages."""
         names = [average.name for average in self.weights.averages]
         # A number and a name may mean the same average.
-        is_number = isinstance(which, Integral) and 0 <= int(which) < len(names)
-        chosen_average = names[int(which)] if is_number else which
+        if isinstance(which, Integral) and 0 <= int(which) < len(names):
+            which = names[int(which)]
         common = {
             **arguments,
-            "which": str(chosen_average),
+            "which": str(which),
             **self.weights.clock.to_dict(),
             "dtype of the shadows": str(self.weights.placement.dtype),
             "(decay, elapsed) of the last update": [a.last for a in self.weights.averages],
