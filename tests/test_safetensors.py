@@ -514,7 +514,8 @@ def test_stems(tmp_path: Path) -> None:
     ):
         holds("a.safetensors", "b.safetensors")
     with pytest.raises(
-        ValueError, match=r"holds no model\.safetensors and no model\.safetensors\.index\.json\.$"
+        ValueError,
+        match=r"holds no model\.safetensors and no model\.safetensors\.index\.json\. `dist",
     ):
         holds("model-00001-of-00002.safetensors", "pytorch_model.bin")
 
