@@ -423,6 +423,21 @@ def test_frozen_weights_follow_under_any_function() -> None:
         assert torch.equal(average.module.frozen.weight, live.frozen.weight)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [ours_swa.AveragedModel, ours_timm.ModelEma, ours_timm.ModelEmaV3, yolo.ModelEMA],
+)
+def test_what_is_no_module_is_refused(make: Any) -> None:
+    """At the construction and in an update, as a list of parameters or None is passed."""
+    average = make(live := Body())
+    update = getattr(average, "update", None) or average.update_parameters
+    for wrong in (None, list(live.parameters())):
+        for call in (make, update):
+            with pytest.raises(ValueError, match="takes a module, got (NoneType|list)"):
+                call(wrong)
+    update(live)
+
+
 def test_swa_utils_refuses() -> None:
     with pytest.raises(ValueError, match="one of avg_fn and multi_avg_fn, got both"):
         ours_swa.AveragedModel(Body(), avg_fn=halve, multi_avg_fn=halve_all)

@@ -74,7 +74,7 @@ class ModuleAverage:
         evaluates: bool = False,
         seed: int = 0,
     ) -> None:
-        live = wrappers.unwrapped(model)
+        live = _inside_wrappers(model)
         self.given: nn.Module | None = model
         self._seed = seed
         self.module: nn.Module | None = None if module_fn is None else module_fn()
@@ -125,7 +125,7 @@ class ModuleAverage:
 
     def follow(self, model: nn.Module) -> None:
         """Average `model` from now on. *Collective* where it is sharded, and another one."""
-        live = wrappers.unwrapped(model)
+        live = _inside_wrappers(model)
         if self._ema is None or live is not self._ema.model or self._must_rebuild():
             self._build(live, keep=True)
         self.given = model
@@ -296,6 +296,15 @@ class ModuleAverage:
         if self.module is None:
             raise RuntimeError(f"the average cannot be copied or pickled: {self._no_module}")
         return {**vars(self), "_ema": None, "given": None, "_unwritten": []}
+
+
+def _inside_wrappers(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"this average takes a module, got {type(model).__name__}. For parameters use "
+            "dist_ema.EMA."
+        )
+    return wrappers.unwrapped(model)
 
 
 @contextmanager

@@ -89,10 +89,6 @@ class EMA(ModuleDropIn):
         lazy_init_ema: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise ValueError(
-                f"EMA takes a module, got {type(model).__name__}. For parameters use dist_ema.EMA."
-            )
         if lazy_init_ema and ema_model is not None:
             raise ValueError("EMA takes one of ema_model and lazy_init_ema, got both.")
         self.beta, self.inv_gamma, self.power, self.min_value = beta, inv_gamma, power, min_value
