@@ -604,14 +604,17 @@ class EMA:
         every = interval(every)
         if not self._saving.passes(folder, every):
             return None
-        # Ten digits, so that names sort as their clocks do.
-        path = atomic.real(Path(folder) / f"{int(self.weights.clock.now):010}")
+        # Ten digits, so that names sort as their clocks do, and a fraction where epochs are counted.
+        now = round(self.weights.clock.now, 6)
+        path = atomic.real(Path(folder) / f"{int(now):010}{f'{now % 1:.6f}'[1:].rstrip('.0')}")
         # The first rank alone, as listing a network folder is slow.
-        snapshots = path.parent.glob("[0-9]*") if self._entry.ranks.first else ()
-        later = [saved.name for saved in snapshots if saved.name > path.name]
+        folders = path.parent.glob("[0-9]*") if self._entry.ranks.first else ()
+        names = [saved.name for saved in folders]
+        clocks = {name: float(name) for name in names if name.replace(".", "", 1).isdecimal()}
+        later = [name for name in sorted(clocks, key=clocks.__getitem__) if clocks[name] > now]
         if later:
             warn(
-                f"{folder} holds snapshots of a later clock ({min(later)} ...). If they are of "
+                f"{folder} holds snapshots of a later clock ({later[0]} ...). If they are of "
                 "another run, move them away: averages of two runs cannot be mixed."
             )
         kind = "export" if dtype else "ema"

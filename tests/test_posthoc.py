@@ -500,6 +500,24 @@ def test_due(tmp_path: Path) -> None:
         late.snapshot(tmp_path / "s", every=10)
 
 
+@pytest.mark.parametrize(
+    ("elapsed", "names"),
+    [
+        (0.25, ["0000000000.5", "0000000001", "0000000001.5", "0000000002"]),
+        (4e9, ["8000000000", "16000000000", "24000000000", "32000000000"]),
+    ],
+)
+def test_clocks_of_epochs_and_of_tokens(elapsed: float, names: list[str], tmp_path: Path) -> None:
+    """Every snapshot has a name, and more digits are no earlier clock."""
+    ema = EMA(nn.Linear(2, 2), TWO)
+    for _ in range(8):
+        ema.update(elapsed)
+        ema.snapshot(tmp_path, every=2 * elapsed)
+    assert [
+        path.name for path in sorted(tmp_path.iterdir(), key=lambda at: float(at.name))
+    ] == names
+
+
 def test_leftovers(tmp_path: Path) -> None:
     """What a killed snapshot left is removed by a later one, unless that is of an earlier clock."""
     for clock in (5, 15):
