@@ -604,7 +604,7 @@ class EMA:
         every = interval(every)
         if not self._saving.passes(folder, every):
             return None
-        # Ten digits, so that names sort as their clocks do, and a fraction where epochs are counted.
+        # Ten digits, so that names sort as their clocks do; a fraction where epochs are counted.
         now = round(self.weights.clock.now, 6)
         path = atomic.real(Path(folder) / f"{int(now):010}{f'{now % 1:.6f}'[1:].rstrip('.0')}")
         # The first rank alone, as listing a network folder is slow.
