@@ -157,7 +157,7 @@ class Saving:
             clock=self._weights.clock_to_dict(),
             attach=None if attached is None else attached.to_dict(),
             rounding={"seed": self._weights.seed},
-            extra=extra or {},
+            extra={} if extra is None else extra,
         )
 
     # --- writing it -------------------------------------------------------------------------------
