@@ -249,6 +249,36 @@ def test_a_state_dict_without_its_clock_is_named(clock: Any) -> None:
     assert ema.now == 2
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("weights", torch.zeros(4, 3).numpy(), "bias is <class 'numpy.ndarray'> in the state_dict"),
+        ("weights", torch.zeros(4, device="meta"), "bias is torch.float32 on meta"),
+        ("weights", torch.zeros(4, dtype=torch.complex64), "bias is torch.complex64 on cpu"),
+        ("weights", torch.zeros(4, dtype=torch.int64), "bias is torch.int64 on cpu"),
+        ("own_by_name", torch.zeros(2), "has 0 buffers, and says of 2 whose they are"),
+        ("own_by_name", None, "lacks own_by_name"),
+        ("schedule", torch.full((9,), 200), "schedule in the state_dict of the EMA is damaged"),
+    ],
+)
+def test_a_state_dict_that_was_edited_changes_nothing(key: str, value: Any, named: str) -> None:
+    """What a copy would fail on is found before the first shadow is written."""
+    ema, other = averaged(0.5), averaged(0.5, steps=0)
+    state = other.state_dict()
+    average = state["averages"]["average_0"]
+    if key == "weights":
+        average[key] |= {"bias": value}
+    elif value is None:
+        del average[key]
+    else:
+        average[key] = value
+    before = ema.gather()
+    with pytest.raises(ValueError, match=named):
+        ema.load_state_dict(state)
+    assert ema.now == 2
+    assert all(torch.equal(value, before[name]) for name, value in ema.gather().items())
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_several_averages_in_one_checkpoint(order: int, tmp_path: Path) -> None:
     """A generator whose weights the discriminator has too, among others; buffers of both grow."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..averaging.average import Average, whole_modules
 from ..sharding import geometry, ownership, records
 from . import flat_range
+from .read_plan import converts
 
 __all__ = ["Matched", "match", "own_names", "state", "whole"]
 
@@ -101,6 +102,7 @@ def match(saved_state: Mapping[str, Any], average: Average) -> Matched:
         ValueError: A value is missing or does not fit.
     """
     missing = [key for key in ("weights", "buffers") if key not in saved_state]
+    missing += [] if {"own_by_name", "own"} & saved_state.keys() else ["own_by_name"]
     weights = saved_state.get("weights", {})
     missing = missing or [state.name for state in average.averaged if state.name not in weights]
     if missing:
@@ -126,16 +128,28 @@ def match(saved_state: Mapping[str, Any], average: Average) -> Matched:
 def own_names(state: Mapping[str, Any]) -> set[str]:
     """The names of the buffers that the average has for itself."""
     if "own_by_name" in state:
-        flags = zip(sorted(state["buffers"]), state["own_by_name"].tolist(), strict=True)
+        names, flags = sorted(state["buffers"]), state["own_by_name"].tolist()
     else:  # of an earlier version ([Note: keys of DCP] in dcp_keys)
-        flags = zip(state["buffers"], state["own"].tolist(), strict=True)
-    return {name for name, flag in flags if flag}
+        names, flags = list(state["buffers"]), state["own"].tolist()
+    if len(names) != len(flags):
+        raise ValueError(
+            f"the state_dict of the EMA has {len(names)} buffers, and says of {len(flags)} whose "
+            "they are. Pass what ema.state_dict() gave."
+        )
+    return {name for name, flag in zip(names, flags, strict=True) if flag}
 
 
 def _pairs(
     state: ownership.ParamState, region: records.Region, data: Tensor, value: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Pair `data` with `value`: the full weight, or what `_entry` gave for the same region."""
+    # Here, because a copy that fails leaves a mixture.
+    if not isinstance(value, Tensor) or value.is_meta or not converts(value.dtype, data.dtype):
+        found = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value)
+        raise ValueError(
+            f"{state.name} is {found} in the state_dict, {data.dtype} in the average. Pass what "
+            "ema.state_dict() gave."
+        )
     if tuple(value.shape) != state.shard.shape:
         raise ValueError(
             f"{state.name} is {tuple(value.shape)} in the state_dict, {state.shard.shape} in the "

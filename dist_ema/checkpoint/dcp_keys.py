@@ -230,5 +230,12 @@ def _schedule_of(state: Mapping[str, Any], default: dict[str, Any]) -> dict[str,
     """The schedule that an average was saved with; `default` where it is not recorded."""
     if "schedule" not in state:
         return default
-    schedule: dict[str, Any] = json.loads(bytes(state["schedule"].tolist()).rstrip(b"\0"))
+    try:
+        schedule: dict[str, Any] = json.loads(bytes(state["schedule"].tolist()).rstrip(b"\0"))
+        from_dict(schedule)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the schedule in the state_dict of the EMA is damaged: {error}. Pass what "
+            "ema.state_dict() gave."
+        ) from None
     return schedule

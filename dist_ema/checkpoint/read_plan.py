@@ -24,6 +24,7 @@ __all__ = [
     "Differences",
     "LoadTarget",
     "ReadPlan",
+    "converts",
     "match_schedules",
     "plan_resume",
     "plan_start",
@@ -126,7 +127,7 @@ class ReadPlan:
                 if not state.is_copied_buffer:
                     on_disk, shape = held[0].entry.shape, state.shard.shape
                     report.reshaped.append(f"{state.name}: {on_disk} on disk, {shape} in the model")
-            elif not _converts(held[0].dtype, state.average.dtype):
+            elif not converts(held[0].dtype, state.average.dtype):
                 report.of_another_kind.append(
                     f"{state.name}: {held[0].dtype} on disk, {state.average.dtype} in the model"
                 )
@@ -217,8 +218,8 @@ def match_schedules(saved: Sequence[Any], wanted: Sequence[Any]) -> list[int]:
     return [next(left) if k is None else k for k in equal]
 
 
-def _converts(there: torch.dtype, here: torch.dtype) -> bool:
-    """Floats convert to floats, complex numbers to complex ones, integers to any real dtype."""
+def converts(there: torch.dtype, here: torch.dtype) -> bool:
+    """Floats come from floats, complex numbers from complex ones, integers from any real dtype."""
     if there.is_complex or here.is_complex:
         return there.is_complex and here.is_complex
     return there.is_floating_point or not here.is_floating_point
