@@ -25,4 +25,5 @@ def test_claims() -> None:
         assert low.claim(f"run/{i % (2 * RECENT)}", [0, 1], "b", 9) == ([0, 1], "b")
     assert store.num_keys() == RECENT
     assert high.claim("run", [2, 3], "c", 9) == ([2, 3], "c"), "free again"
+    assert low.claim("run/\udcff", [0, 1], "b", 9) == ([0, 1], "b"), "bytes that are no text"
     assert opened == [9, 9]

@@ -261,6 +261,24 @@ def test_an_interrupt_is_told_and_waits_for_nobody() -> None:
     assert str(found[0]) == str(found[2]) == "ema.save() failed on rank 11: KeyboardInterrupt: "
 
 
+def test_an_interrupt_while_heartbeats_begin_ends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or this rank would seem to be at work for ever, and the others would wait."""
+    start, begun = threading.Thread.start, list[threading.Thread]()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        begun.append(thread)
+        interrupt()
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        StoreCoordinator(dist.HashStore(), [0, 1], 0).heartbeats(),
+    ):
+        pass
+    assert [thread.is_alive() for thread in begun] == [False]
+
+
 @pytest.mark.parametrize("line", range(25))
 def test_an_interrupt_while_an_exchange_begins_is_told(line: int) -> None:
     """At each line until it is counted: it is told where the other rank is, not where it was."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import resource
+import selectors
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -263,4 +265,46 @@ def test_what_does_not_greet_is_turned_away() -> None:
             assert sender.recv(1) == receiver.ACCEPTED
         served.stopped = True
         thread.join()
-        served.serve()
+        served.close()
+
+
+def test_a_sender_that_comes_late() -> None:
+    """One that greets when the transfer has ended here is closed, without an error in a thread."""
+    listener, greeting = (
+        socket.create_server(("127.0.0.1", 0)),
+        receiver.GREETING.pack(b"t" * 32, 7),
+    )
+    served = receiver.Receiver(
+        lambda *_: socket.socket(), lambda *_: None, StoreCoordinator(None, [0], 0)
+    )
+    accepting = threading.Thread(target=served.accept, args=(listener, greeting))
+    serving = threading.Thread(target=served.serve)
+    with listener, socket.create_connection(listener.getsockname()) as sender:
+        accepting.start()
+        serving.start()
+        sender.sendall(greeting)
+        time.sleep(0.1)  # it is waited for
+        served.stopped = True
+        serving.join()
+        sender.sendall(receiver.COUNT.pack(0))
+        accepting.join()
+        served.close()
+        assert sender.recv(2) in (b"", receiver.ACCEPTED)
+
+
+def test_a_receiver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no error of the disk or the network ends no thread: the sender is turned away."""
+    connected = StoreCoordinator(None, [0], 0)
+    served = receiver.Receiver(lambda *_: socket.socket(), lambda *_: None, connected)
+    monkeypatch.setattr(served, "_take", lambda sender, _: 1 // len(sender.recv(1)[1:]))
+    here, there = socket.socketpair()
+    served._selector.register(here, selectors.EVENT_READ, 0)
+    serving = threading.Thread(target=served.serve)
+    serving.start()
+    with there:
+        there.sendall(b"?")
+        assert there.recv(1) == b""
+    served.stopped = True
+    serving.join()
+    served.close()
+    assert isinstance(served.error, ZeroDivisionError)

@@ -180,11 +180,15 @@ class Connections:
         ]
         for thread in threads:
             thread.daemon = True
-            thread.start()
         try:
+            # Inside, because an interrupt may come when they have started.
+            for thread in threads:
+                thread.start()
             yield receiver
         finally:
             receiver.stopped = True
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
+            receiver.close()
             self.received += receiver.received

@@ -47,6 +47,7 @@ class Claims:
         if self._store is None:
             self._store = self._open_store(timeout)
         self._store.timeout = timeout
+        key = json.dumps(key)  # a path may hold bytes that are no text, which no store takes
         own = json.dumps([members, value])
         claimants, claimed = json.loads(self._store.compare_set(key, "", own))
         if claimants != members:

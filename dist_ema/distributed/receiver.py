@@ -128,9 +128,14 @@ class Receiver:
                     ended = self._take(connection, key.data)
                 except OSError:  # the sender notices too, and says whom it lost
                     ended = True
+                except Exception as error:  # or the senders would wait for this thread
+                    self.error, ended = self.error or error, True
                 if ended:
                     self._selector.unregister(connection)
                     connection.close()
+
+    def close(self) -> None:
+        """Close what is open, once `accept` and `serve` have ended: both use the selector."""
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()
@@ -159,7 +164,7 @@ class Receiver:
         if onward is not None:
             onward.send(head)
         if not count:
-            error = b"" if self.error is None else error_text(self.error).encode()
+            error = b"" if self.error is None else error_text(self.error).encode(errors="replace")
             if onward is not None:
                 error = onward.receive_error()
             stream.send(COUNT.pack(len(error)) + error)

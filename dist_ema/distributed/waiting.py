@@ -211,12 +211,14 @@ class Waiting:
                     self.send_heartbeat()
 
         thread = threading.Thread(target=beat, name="dist_ema heartbeat", daemon=True)
-        thread.start()
         try:
+            # Inside, because an interrupt may come when it has started: it would beat for ever.
+            thread.start()
             yield
         finally:
             done.set()
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
 
     def send_heartbeat(self) -> None:
         self._heartbeat_store.add(f"heartbeats/{self.rank}", 1)

@@ -157,12 +157,13 @@ class Watch:
                     self._ledger.beat()
 
         thread = threading.Thread(target=beat, name="dist_ema ledger", daemon=True)
-        thread.start()
         try:
+            thread.start()
             yield
         finally:
             self._over.set()
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
             self._ledger.give_back()
 
     def _candidates(self) -> dict[int, Path]:
