@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import resource
-import selectors
 import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -292,19 +292,29 @@ def test_a_sender_that_comes_late() -> None:
         assert sender.recv(2) in (b"", receiver.ACCEPTED)
 
 
-def test_a_receiver_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_receiver_that_fails() -> None:
     """What is no error of the disk or the network ends no thread: the sender is turned away."""
-    connected = StoreCoordinator(None, [0], 0)
-    served = receiver.Receiver(lambda *_: socket.socket(), lambda *_: None, connected)
-    monkeypatch.setattr(served, "_take", lambda sender, _: 1 // len(sender.recv(1)[1:]))
-    here, there = socket.socketpair()
-    served._selector.register(here, selectors.EVENT_READ, 0)
-    serving = threading.Thread(target=served.serve)
-    serving.start()
-    with there:
-        there.sendall(b"?")
-        assert there.recv(1) == b""
-    served.stopped = True
-    serving.join()
-    served.close()
+    listener, greeting = (
+        socket.create_server(("127.0.0.1", 0)),
+        receiver.GREETING.pack(b"t" * 32, 7),
+    )
+    served = receiver.Receiver(
+        lambda *_: socket.socket(type=1 // 0), lambda *_: None, StoreCoordinator(None, [0], 0)
+    )
+    threads = [
+        threading.Thread(target=served.accept, args=(listener, greeting)),
+        threading.Thread(target=served.serve),
+    ]
+    with listener, socket.create_connection(listener.getsockname(), 20) as sender:
+        for thread in threads:
+            thread.start()
+        sender.sendall(greeting + receiver.COUNT.pack(5))  # for another rank
+        assert sender.recv(1) == receiver.ACCEPTED
+        sender.sendall(bytes(12))
+        with suppress(ConnectionResetError):
+            assert sender.recv(1) == b""
+        served.stopped = True
+        for thread in threads:
+            thread.join()
+        served.close()
     assert isinstance(served.error, ZeroDivisionError)
