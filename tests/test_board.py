@@ -92,6 +92,8 @@ def test_the_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["board", str(folder / "nothing")]) == 2
     for option in ("--metrics", "--ledger"):
         assert main(["board", str(folder), option, "nothing"]) == 2, "it was asked for by name"
+        assert main(["board", str(folder), option, ""]) == 2, "a variable of the shell without text"
+        assert ". is no file" in capsys.readouterr().err
     assert main(["board", str(folder), "--out", "/dev/full"]) == 1
     assert "/dev/full: No space left on device" in capsys.readouterr().err
 

@@ -212,8 +212,9 @@ def _board(options: argparse.Namespace) -> int:
         page.serve(options.serve, *shown)
         return FINE
     for path in filter(None, shown[1:]):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist.")
+        if not path.is_file():
+            what = "is no file" if path.exists() else "does not exist"
+            raise FileNotFoundError(f"{path} {what}.")
     data = page.build(*shown).encode()
     where = options.out or options.folder.parent / "board.html"
     with disk.disk_errors(where, len(data)):
