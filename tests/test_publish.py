@@ -339,6 +339,40 @@ def test_a_version_has_a_config(tmp_path: Path) -> None:
     assert given.samefile(version.path / "config.json"), "a link, where the disk has them"
 
 
+class Settings:
+    """A config that is written, as that of transformers, with the names that are set on it."""
+
+    architectures = None
+
+    def to_json_string(self) -> str:
+        return json.dumps(vars(self))
+
+
+class Slots:
+    """A config of the user's, which takes no other names."""
+
+    __slots__ = ()
+
+    def to_json_string(self) -> str:
+        return "{}"
+
+
+def test_a_config_in_a_module_of_the_users(tmp_path: Path) -> None:
+    """A module without `dtype` gives its config all the same."""
+    model: Any = nn.Linear(2, 2)
+    ema = EMA(model)
+    for config, dtype, expected in (
+        (Settings(), None, {"architectures": ["Linear"]}),
+        (Settings(), torch.bfloat16, {"architectures": ["Linear"], "dtype": "bfloat16"}),
+        (Slots(), None, None),
+    ):
+        model.config = config
+        out = tmp_path / f"{type(config).__name__}-{dtype}"
+        ema.export(out, dtype=dtype)
+        file = out / "config.json"
+        assert (json.loads(file.read_text()) if file.exists() else None) == expected
+
+
 def test_following_loads(tmp_path: Path) -> None:
     """In place and as a state_dict, synchronous and asynchronous, until the stop file."""
     folder, base = tmp_path / "published", tmp_path / "base"

@@ -223,12 +223,16 @@ def _config_files(inner: Any, dtype: torch.dtype | None) -> dict[str, bytes]:
         return {}  # the config is that of the model inside
     if hasattr(inner, "to_json_string"):  # diffusers
         return {"config.json": inner.to_json_string().encode()}
-    if not hasattr(config, "to_json_string"):
+    # A class of the user's may have one of the two, and need not take what is set below.
+    if not (hasattr(config, "to_json_string") and hasattr(config, "architectures")):
         return {}
     config = copy.deepcopy(config)
     # `fully_shard` changes the name of the class.
     config.architectures = [type(inner).__name__.removeprefix("FSDP")]
-    config.dtype = str(dtype or inner.dtype).removeprefix("torch.")
+    # A module of the user's may have a config of transformers, and no dtype.
+    dtype = dtype or getattr(inner, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        config.dtype = str(dtype).removeprefix("torch.")
     files = {"config.json": config.to_json_string().encode()}
     generation = getattr(inner, "generation_config", None)
     if generation is not None:
