@@ -284,6 +284,8 @@ def test_bad_arguments_name_themselves() -> None:
     ]:
         with pytest.raises(ValueError, match=words):
             ema.attach(*arguments, **options)
+    with pytest.raises(ValueError, match=r"^Ratio\(.* takes whole elapsed up to 1024, got 3000"):
+        EMA(ema.model, Ratio()).attach(optimizer, every=1500, elapsed=2)
     optimizer.step()
     assert ema.metrics()["updates"] == 0, "a refused attach leaves no hook"
 
