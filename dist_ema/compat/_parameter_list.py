@@ -81,7 +81,6 @@ class ParameterListAverage:
     ) -> None:
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in model.parameters())
         dtype = torch.float64 if wide else torch.float32
-
         self._use(EMA(model, decay, dtype=dtype, split=False, buffers=buffers))
 
     def _use(self, ema: EMA, dtype: torch.dtype | None = None) -> None:

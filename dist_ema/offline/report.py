@@ -1,4 +1,4 @@
-"""`report_on`: what headers and ema.json say of a file or folder, and contradictions. No torch.
+"""`report_on`: what headers and ema.json say of a file or folder, and contradictions.
 
 Files come from anywhere, so nothing in them is trusted. What cannot be read is a ValueError with
 one sentence; what can be read but is wrong goes into `ModelReport.problems`. No torch.

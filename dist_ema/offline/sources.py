@@ -1,8 +1,8 @@
 """`open_model`: files of any origin as a table of weights, read in windows; which average of them.
 
-    with source.open_model(path) as model:
+    with sources.open_model(path) as model:
         for name, entry in model.entries.items():
-            for raw in source.windows(model, name): ...
+            for raw in sources.windows(model, name): ...
 
 Whatever the form on disk, a model is a table of names and a way to read bytes of each. A window is
 4 MB, whatever the size of the weight. No torch.
