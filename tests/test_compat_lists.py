@@ -312,6 +312,22 @@ def test_torch_ema_differs() -> None:
     assert [kept.dtype for kept in ours.collected_params or []] == [F64, torch.int64]
 
 
+def test_torch_ema_blocks_may_be_nested() -> None:
+    """Each block gives back what it found; the original leaves the average in the model."""
+    weight = nn.Parameter(torch.zeros(3))
+    ours = torch_ema.ExponentialMovingAverage([weight], 0.5, use_num_updates=False)
+    with torch.no_grad():
+        weight += 8
+    ours.update()
+    state = ours.state_dict()
+    with ours.average_parameters():
+        with ours.average_parameters():
+            assert weight.eq(4).all()
+        assert weight.eq(4).all()
+        ours.load_state_dict(state)
+    assert weight.eq(8).all()
+
+
 def test_torch_ema_in_float16() -> None:
     """Shadows take the dtype as the original's do, go on in it, and keep it in copies and after a
     cast of the weights.

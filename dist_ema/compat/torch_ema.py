@@ -60,10 +60,13 @@ class ExponentialMovingAverage(ListDropIn):
         """The parameters are the average inside the block. *Collective* where they are sharded."""
         model = self._default if parameters is None else as_model(parameters)
         self.store(model)
-        self.copy_to(model)
+        kept = self.collected_params
         try:
+            self.copy_to(model)
             yield
         finally:
+            # A block inside, or a load, has kept something else since.
+            self.collected_params = kept
             self.restore(model)
 
     def to(self, device: Device = None, dtype: torch.dtype | None = None) -> None:
