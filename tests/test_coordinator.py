@@ -738,6 +738,20 @@ def two_attempts() -> None:
     assert answers == ["new", [0, 1]] * 2
 
 
+def group_destroyed(folder: str) -> None:
+    """Files and `gather` travel over TCP; what is sent over the group is refused by name."""
+    ema = EMA(wrap("ddp", Net()), 0.5)
+    dist.destroy_process_group()
+    weights = ema.gather()
+    ema.save(f"{folder}/destroyed", wait=False)
+    ema.load(f"{folder}/destroyed")
+    assert weights.keys() == ema.gather().keys()
+    with raises(RuntimeError, "ema.tensors() needs the process group", "was destroyed"):
+        list(ema.tensors())
+    with raises(RuntimeError, "ema.copy_to() needs the process group", "was destroyed"):
+        ema.copy_to(Net())
+
+
 def together(folder: str) -> None:
     for kind in ("ddp", "fsdp2"):
         late_failing_elsewhere(kind, f"{folder}/{kind}")
@@ -745,6 +759,7 @@ def together(folder: str) -> None:
     first_rank_late()
     first_file_of_an_unwrapped_model()
     two_attempts()
+    group_destroyed(folder)
 
 
 DEATHS: dict[str, tuple[int, Any, str]] = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import collectives, receiver
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import Ranks, refuse_destroyed
 from ..packing import packs
 from ..sharding import discovery, geometry, ownership, parameters, records, wrappers
 from ..sharding.geometry import Box
@@ -110,6 +110,7 @@ def full_weights(
     def full_bytes(state: ParamState) -> int:
         return math.prod(state.shard.shape) * state.average.itemsize
 
+    refuse_destroyed("tensors", ranks.group)
     # Ranks that sum other sizes would cut other windows; the full sizes are the same everywhere.
     for window in packs(states, full_bytes, WINDOW):
         yield from _full_window(ranks, window, own_buffers)
@@ -162,6 +163,7 @@ def copy_into(
     sharded: list[nn.Module] = []
 
     def prepare() -> bool:
+        refuse_destroyed("copy_to", ranks.group)
         shards_of_model = discovery.find_shards(parameters.module_of(module))
         _refuse_other(states, shards_of_model.shards)
         for shard in shards_of_model.shards:

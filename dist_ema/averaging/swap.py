@@ -24,11 +24,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import collectives
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import Ranks, refuse_destroyed
 from ..sharding import derived, ownership, tree_changes
 from . import averages, executors, swap_journal, swap_writes
 from .average import Average
@@ -246,14 +245,7 @@ def broadcast_to_replicas(verb: str, ranks: Ranks, states: Sequence[ownership.Pa
 def _refuse_destroyed_groups(states: Sequence[ownership.ParamState]) -> None:
     """Raise RuntimeError if replicas can no longer be reached, before anything is written."""
     for group in dict.fromkeys(group for state in states for group in state.shard.replicas):
-        try:
-            dist.get_rank(group)
-        except ValueError:
-            raise RuntimeError(
-                "ema.swap() needs the process group over which the weights are replicated, and it "
-                "was destroyed (a model that was wrapped anew?). Build another EMA; save() and "
-                "load() carry the average over."
-            ) from None
+        refuse_destroyed("swap", group)
 
 
 def _combine_exits(exits: list[dict[str, Any]]) -> dict[str, Any]:

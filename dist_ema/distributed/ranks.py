@@ -24,7 +24,7 @@ from .coordinator import StoreCoordinator
 from .diagnosis import call_text
 from .machines import Machines, addresses, machine_id, numbered, pack, unpack
 
-__all__ = ["Ranks", "transfer_device"]
+__all__ = ["Ranks", "refuse_destroyed", "transfer_device"]
 
 
 class Ranks(StoreCoordinator):
@@ -113,7 +113,8 @@ class Ranks(StoreCoordinator):
             number = self._prefixes + 1  # every rank calls this as often as the others do
             other._prefixes, other._prefix = 0, f"{self._prefix}/{number}"
             with store_errors(self.verb):
-                store = self._open_store(other._prefix)
+                # Behind these ranks' own, because the process group may be destroyed by now.
+                store = dist.PrefixStore(str(number), self._stores[0].store)
                 stores = [clone(store, self.timeout) for _ in range(2)]  # messages, heartbeats
             self._prefixes = number
         other._connect(stores, self.timeout)
@@ -170,7 +171,7 @@ class Ranks(StoreCoordinator):
     def connections(self, verb: str) -> Connections:
         """Connections that carry bytes between two ranks. See `machines`."""
         if self._connections is None:
-            reached_at = addresses(self._open_store(self._prefix))
+            reached_at = addresses(self._stores[0].store)
             self._connections = Connections(
                 self, self.machines(verb), self._prefix, reached_at, verb
             )
@@ -183,6 +184,19 @@ class Ranks(StoreCoordinator):
     def sum(self, data: Tensor) -> None:
         """Sum over all ranks, in place, inside `run_transfer`. *Collective*."""
         self.wait_for(dist.all_reduce(data, group=self.group, async_op=True))
+
+
+def refuse_destroyed(verb: str, group: dist.ProcessGroup | None) -> None:
+    """Raise RuntimeError where a collective over `group` cannot be sent any more."""
+    try:
+        if group is not None:
+            dist.get_rank(group)
+    except ValueError:
+        raise RuntimeError(
+            f"{call_text(verb)} needs the process group of the ranks that hold the weights, and it "
+            "was destroyed (a model that was wrapped anew?). Build another EMA; save() and load() "
+            "carry the average over."
+        ) from None
 
 
 def transfer_device(
