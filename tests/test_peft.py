@@ -31,6 +31,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "modules_to_save": {"modules_to_save": ["norm"]},
     "bias": {"bias": "lora_only"},
+    "all biases": {"bias": "all"},  # also of modules that no adapter sits on
 }
 
 
@@ -243,6 +244,24 @@ def test_adapters_that_are_left_merged_are_named() -> None:
 def test_merged_needs_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="merged=True needs a PeftModel, got Net"):
         EMA(base()).export(tmp_path, merged=True)
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 9, "n_positions": 8}
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = peft.get_peft_model(transformers.GPT2LMHeadModel(config), prompt)
+    with pytest.raises(ValueError, match="PROMPT_TUNING adds no weights to others"):
+        EMA(model).export(tmp_path, merged=True)
+
+
+def test_an_adapter_that_is_saved_whole_is_merged(tmp_path: Path) -> None:
+    """AdaLoRA, of which peft computes what it writes: none of its own weights is in the model."""
+    settings: dict[str, Any] = {"target_modules": ["up"], "init_r": 2, "target_r": 2}
+    model = peft.get_peft_model(base(), peft.AdaLoraConfig(**settings, total_step=9))
+    ema = EMA(model, 0.5)
+    with ema.swap():
+        expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    ema.export(tmp_path, merged=True)
+    assert equal(load_file(tmp_path), expected)
 
 
 class Scored(nn.Module):

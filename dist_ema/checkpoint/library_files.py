@@ -152,6 +152,11 @@ def merged(
     peft_model = _inner(model)
     if not _is_peft_model(peft_model):
         raise ValueError(f"merged=True needs a PeftModel, got {type(peft_model).__name__}.")
+    if not hasattr(peft_model.base_model, "merge_adapter"):
+        raise ValueError(
+            f"merged=True: {peft_model.active_peft_config.peft_type.value} adds no weights to "
+            "others, so there is nothing to merge. Export it without."
+        )
     state_names = [name for state in states for name in state.shard.names]
     names = _merged_names(peft_model, state_names)
     cut = [
@@ -180,20 +185,31 @@ def merged(
         ]
         yield merged_states, FileForm(names, _config_files(peft_model.get_base_model(), dtype))
     finally:
-        peft_model.base_model.unmerge_adapter()
-        for p, data in zip(below, unmerged, strict=True):
-            p.data = data
+        try:
+            peft_model.base_model.unmerge_adapter()
+        finally:
+            for p, data in zip(below, unmerged, strict=True):
+                p.data = data
 
 
 def _merged_names(peft_model: Any, names: Sequence[str]) -> dict[str, str]:
     """Canonical name -> the name in the model without adapters."""
-    own = {name for adapter in adapters_of(peft_model, []) for name in adapter.names}
+    # The layers that adapters sit on. What they hold beside `base_layer` is the adapters'.
+    adapted = {
+        wrappers.canonical(name)
+        for name, module in peft_model.named_modules()
+        if "base_layer" in module._modules
+    }
     active = peft_model.active_adapter
     merged_names = {}
     for name in names:
         plain = name.replace(".base_layer.", ".").replace(f".modules_to_save.{active}.", ".")
+        parts = name.split(".")
+        in_adapter = plain == name and any(
+            ".".join(parts[:end]) in adapted for end in range(1, len(parts))
+        )
         replaced = ".original_module." in name or ".modules_to_save." in plain
-        if not replaced and (name not in own or plain != name):
+        if name.startswith(_PREFIX) and not replaced and not in_adapter:
             merged_names[name] = plain.removeprefix(_PREFIX)
     return merged_names
 
