@@ -29,7 +29,7 @@ from dist_ema import (
     Warmup,
     Window,
 )
-from dist_ema.schedules import from_dict, gamma_of, schedule
+from dist_ema.schedules import from_dict, from_text, gamma_of, schedule
 from dist_ema.schedules.decays import MOST_STEPS
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_schedules.json").read_text())
@@ -315,3 +315,25 @@ def test_numbers_of_numpy_are_python_s(build: Any) -> None:
     assert repr(given) == repr(build(float))
     assert from_dict(json.loads(json.dumps(given.to_dict()))) == given
     assert Window(8, blocks=np.int64(4)).to_dict() == Window(8, blocks=4).to_dict()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("HalfLife(500)", HalfLife(500)),
+        ("Power(origin='start', sigma_rel=0.1)", Power(sigma_rel=0.1)),
+        ("Window(30, 'linear', blocks=16)", Window(30)),
+        ("Power", None),
+        ("Power(sigma_rel=0.5)", None),
+        ("Schedule()", None),
+        ("print(1)", None),
+        ("HalfLife(print(1))", None),
+        ("HalfLife(**{})", None),
+        ("HalfLife(\0", None),
+        ("(" * 9999, None),
+        (f"HalfLife({'-' * 9999}1)", None),
+    ],
+)
+def test_from_text(text: str, wanted: Schedule | None) -> None:
+    """A call as a script writes it; nothing else is run, and nothing else raises."""
+    assert from_text(text) == wanted

@@ -205,6 +205,7 @@ def test_which(tmp_path: Path) -> None:
             which,
             str(which),
             f"Constant(decay={0.5 + which / 100})",
+            f"Constant({0.5 + which / 100})",
             *([f"{which}-Constant"] if which else []),
         ]
         for name in names:
@@ -214,7 +215,7 @@ def test_which(tmp_path: Path) -> None:
                     for name, entry in model.entries.items()
                 }
             assert got == {name: raw(tensor) for name, tensor in ema.gather(which).items()}, name
-    for name in (12, -1, "", "Constant", "x"):
+    for name in (12, -1, "", "Constant", "x", "Constant(0.9)", "Constant(", "Constant(x)"):
         with pytest.raises(
             ValueError,
             match=r"there is (no|more than one) average .* 0: Constant\(decay=0\.5\), 1: ",

@@ -22,7 +22,7 @@ import numpy as np
 from ..checkpoint import atomic, disk, manifest, pointers, safetensors
 from ..dtypes import Bytes
 from ..foreign import torch_dcp
-from ..schedules import from_dict
+from ..schedules import Schedule, from_dict, from_text
 
 __all__ = [
     "PICKLES",
@@ -137,33 +137,34 @@ def pickled(path: Path) -> bool:
 
 
 def choose(saved: manifest.Manifest | None, which: int | str) -> str:
-    """The label of an average, by its number, label, schedule's name or repr.
+    """The label of an average, by its number, label, schedule's name, or a call that makes it.
 
     Raises:
         ValueError: None or several fit; the error lists what there is.
     """
     saved = saved or manifest.Manifest()
+    text, asked = str(which), from_text(str(which))
+    fits, there = [], []
     # An export may have fewer schedules than averages.
-    specs = [*saved.schedules, *[None] * len(saved.labels)]
-    names = [
-        (str(i), label, *_names_of(spec))
-        for i, (label, spec) in enumerate(zip(saved.labels, specs, strict=False))
-    ]
-    fits = [label for i, label, *more in names if str(which) and str(which) in (i, label, *more)]
+    schedules = [*map(_schedule_of, saved.schedules), *[None] * len(saved.labels)]
+    for i, (label, schedule) in enumerate(zip(saved.labels, schedules, strict=False)):
+        name, call = ("", "") if schedule is None else (type(schedule).__name__, repr(schedule))
+        if (text and text in (str(i), label, name, call)) or (asked and asked == schedule):
+            fits.append(label)
+        there.append(f"{i}: {call or label or 'the only one'}")
     if len(fits) != 1:
-        there = ", ".join(f"{i}: {text or label or 'the only one'}" for i, label, _, text in names)
         raise ValueError(
-            f"there is {'more than one' if fits else 'no'} average {which!r}; there are {there}."
+            f"there is {'more than one' if fits else 'no'} average {which!r}; there are "
+            f"{', '.join(there)}."
         )
     return fits[0]
 
 
-def _names_of(spec: Any) -> tuple[str, str]:
-    """`Power` and `Power(sigma_rel=0.1, gamma=None, origin='start')`"""
+def _schedule_of(spec: Any) -> Schedule | None:
     try:
-        return str(spec["name"]), repr(from_dict(spec))
+        return from_dict(spec)
     except (AttributeError, KeyError, TypeError, ValueError):
-        return "", ""
+        return None
 
 
 def open_model(path: str | Path, which: int | str = 0) -> Source:

@@ -30,7 +30,7 @@ from .decays import (
     Warmup,
     gamma_of,
 )
-from .parsing import from_dict, schedule, schedule_list
+from .parsing import from_dict, from_text, schedule, schedule_list
 from .window import CURVES, BlockMean, Window
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "Warmup",
     "Window",
     "from_dict",
+    "from_text",
     "gamma_of",
     "schedule",
     "schedule_list",

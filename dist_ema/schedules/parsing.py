@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Sequence
 from inspect import isabstract
 from numbers import Real
@@ -10,7 +11,7 @@ from typing import Any
 from .decays import SUBCLASSES, Constant, Schedule
 from .window import BlockMean, Window
 
-__all__ = ["from_dict", "schedule", "schedule_list"]
+__all__ = ["from_dict", "from_text", "schedule", "schedule_list"]
 
 
 def schedule(decay: float | Schedule) -> Schedule:
@@ -54,3 +55,17 @@ def from_dict(spec: dict[str, Any]) -> Schedule:
         return by_name[name](**arguments)
     except TypeError as error:
         raise ValueError(f"{name} does not take {arguments}: {error}.") from None
+
+
+def from_text(text: str) -> Schedule | None:
+    """The schedule that a text like `Power(sigma_rel=0.1)` makes; None where it makes none."""
+    try:
+        call: Any = ast.parse(text, mode="eval").body
+        kind: Any = SUBCLASSES[call.func.id]
+        named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        made: Schedule = kind(*map(ast.literal_eval, call.args), **named)
+    except (AttributeError, LookupError, SyntaxError, TypeError, ValueError):
+        return None
+    except (MemoryError, RecursionError):  # from the parser, of a text that is nested too deeply
+        return None
+    return made
