@@ -536,3 +536,22 @@ def test_rescan_seeds_a_weight_that_was_resized_in_place() -> None:
     weights = program.ema.gather()
     assert torch.equal(weights["0.weight"], model[0].weight)
     assert torch.equal(weights["1.weight"], kept)
+
+
+def test_a_parameter_that_is_a_buffer_too() -> None:
+    """It was called tied otherwise from the first update on, and rescan did not help."""
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(3))
+    model.register_buffer("b", model.w)
+    ema = EMA(model, 0.5)
+    model.w.data.add_(2)
+    ema.update()
+    assert {name: value.tolist() for name, value in ema.gather().items()} == {
+        name: [1.0, 1.0, 1.0] for name in "wb"
+    }
+    model.b = torch.full((3,), 5.0)
+    with pytest.raises(RuntimeError, match=r"^b is tied otherwise"):
+        ema.gather()
+    ema.rescan()
+    average = ema.gather()
+    assert (average["w"].tolist(), average["b"].tolist()) == ([1.0] * 3, [5.0] * 3)

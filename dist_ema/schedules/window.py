@@ -32,7 +32,8 @@ class Window(Ranged):
     Every update is averaged, into the mean of one of `blocks` blocks ([Note: ring] in
     averaging.window_ring says where they lie). The window consists of whole blocks, and of what the
     block under way holds: it is `length` long when a block ends, else up to a block shorter. Within
-    a block all updates count alike. That is exact for "linear"; for other curves `error` bounds it.
+    a block updates count by their units alone. That is exact for "linear"; for other curves `error`
+    bounds it.
 
     Args:
         length: The length of the window, in units of the clock.

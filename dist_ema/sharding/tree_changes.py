@@ -51,7 +51,7 @@ def compare_inventory(model: nn.Module, shards: Sequence[Shard]) -> InventoryCha
     walk = [(prefix, module) for prefix, module, _ in wrappers.walk_modules(model)]
     weights = [shard for shard in shards if shard.kind != "buffer"]
     changes = _compare_weights(walk, weights)
-    _compare_buffers(walk, [shard for shard in shards if shard.kind == "buffer"], changes)
+    _compare_buffers(walk, shards, changes)
     changed = {*changes["replaced"], *changes["gone"]}
     for shard in weights:
         needs_gradient = shard.tensor.requires_grad
@@ -85,8 +85,15 @@ def _compare_weights(
     identities = {name: fsdp1.identity(tensor, flat) for name, tensor, flat in registered}
     if identities == expected:
         return changes
+    buffers = {
+        prefix + name: id(buffer)
+        for prefix, module in walk
+        for name, buffer in module._buffers.items()
+    }
     for name in [name for name in expected if name not in identities]:
-        changes["gone" if name in recorded else "retied"].append(name)
+        # A Parameter may be registered as a buffer, too.
+        if name in recorded or buffers.get(name) != expected[name]:
+            changes["gone" if name in recorded else "retied"].append(name)
     known, copies = set(recorded.values()), fsdp2.unsharded_copies(module for _, module in walk)
     for name, tensor, flat_slice in registered:
         tensor = copies.get(id(tensor), tensor)
@@ -104,9 +111,10 @@ def _compare_weights(
 
 
 def _compare_buffers(
-    walk: list[tuple[str, nn.Module]], buffers: list[Shard], changes: defaultdict[str, list[str]]
+    walk: list[tuple[str, nn.Module]], shards: Sequence[Shard], changes: defaultdict[str, list[str]]
 ) -> None:
-    expected = {name: shard for shard in buffers for name in shard.names}
+    recorded = {name: shard for shard in shards for name in shard.names}
+    expected = {name: shard for name, shard in recorded.items() if shard.kind == "buffer"}
     missing = dict.fromkeys(expected)
     places = {
         prefix + name: (module, name, buffer)
@@ -116,7 +124,7 @@ def _compare_buffers(
     for full, (module, name, buffer) in places.items():
         shard = expected.get(full)
         if shard is None:
-            changes["new_buffers"] += [] if buffer is None else [full]
+            changes["new_buffers"] += [] if buffer is None or full in recorded else [full]
         elif buffer is not None or not shard.persistent:
             del missing[full]
             is_persistent = name not in module._non_persistent_buffers_set and not shard.opaque
