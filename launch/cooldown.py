@@ -23,6 +23,7 @@ import copy
 import json
 import math
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -303,6 +304,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     name = "quick" if args.quick else "smoke" if args.smoke else "full"
     out = args.out or Path(f"runs/cooldown-{name}.json")
+    try:  # now, and not after the training
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        parser.error(f"--out {out} cannot be written: {error.strerror}")
     rows: list[dict[str, Any]] = []
     for runs in PLANS[name]:
         for rate in runs.rates:

@@ -258,6 +258,8 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if not chosen.out.parent.is_dir():
+        parser.error(f"--out {chosen.out}: there is no folder {chosen.out.parent}")
     bench = [sys.executable, "launch/bench.py", "--device", "cuda"]
     parts = [
         run("Tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-n", "0", "-rs"]),

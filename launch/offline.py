@@ -137,14 +137,16 @@ def passes(a: Path, out: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--size", default="1GB", help="of a model (default %(default)s)")
+    parser.add_argument(
+        "--size", type=size_of, default="1GB", help="of a model (default %(default)s)"
+    )
     parser.add_argument("--repeat", type=int, default=5, help="rounds (default %(default)s)")
     parser.add_argument("--folder", help="a disk to write to (default: that of temporary files)")
     parser.add_argument("--realtime", action="store_true", help="run ahead of other programs")
     arguments = parser.parse_args()
     if arguments.realtime:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
-    total = size_of(arguments.size)
+    total = arguments.size
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
         a, b = make(folder, "a", total, 0), make(folder, "b", total, 1)

@@ -436,7 +436,9 @@ def show(title: str, rows: Sequence[Sequence[str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "--bytes", help="save so many bytes on 4 machines, like 1GB (default: count messages)"
+        "--bytes",
+        type=size_of,
+        help="save so many bytes on 4 machines, like 1GB (default: count messages)",
     )
     parser.add_argument(
         "--counted", type=int, default=COUNTED, help="ranks that run, at most (default %(default)s)"
@@ -454,7 +456,7 @@ def main() -> None:
         show("checks", rows)
         return
     if arguments.bytes:
-        total = size_of(arguments.bytes)
+        total = arguments.bytes
         share = total / 4
         show(
             "bytes",

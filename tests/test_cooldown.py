@@ -29,3 +29,17 @@ def test_the_page_holds_the_tables_of_the_results(monkeypatch: pytest.MonkeyPatc
     error = math.sqrt(sum((each - mean) ** 2 for each in shares) / 3 / 4)
     assert f"| {100 * mean:+.2f} ± {100 * error:.2f} |" in page
     sys.modules.pop("cooldown")
+
+
+def test_a_place_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused before anything is trained."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    import cooldown
+
+    monkeypatch.setattr(cooldown, "study", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(SystemExit):
+        cooldown.main(["--smoke", "--out", "/dev/null/x.json"])
+    assert "--out /dev/null/x.json cannot be written" in capsys.readouterr().err
+    sys.modules.pop("cooldown")
