@@ -297,6 +297,9 @@ def test_rest(call: Call, tmp_path: Path) -> None:
     code, _, err = call(src, tmp_path / "x", "--rest", "other")
     assert code == 1
     assert "w is (2,) in the average, (5,) in the live model" in err
+    torch.save({"ema": {"wave": torch.ones(2, dtype=torch.complex64), "n": torch.tensor(1)}}, src)
+    assert "2 weights, 1 not averaged" in call(src, tmp_path / "complex")[1]
+    assert model(tmp_path / "complex")[1]["averaged"] == ["wave"]
 
 
 def test_several_averages(call: Call, tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import manifest, pointers, safetensors
-from ..dtypes import FLOATS, TO_TORCH, Bytes, cast, float_dtype
+from ..dtypes import TO_TORCH, Bytes, cast, float_dtype
 from ..foreign import recognise, torch_dcp
 from ..foreign.recognise import FoundAverage, Leaf
 from ..text import plural, size, some
-from . import foreign_trees, sources, sums, writer
+from . import blend, foreign_trees, sources, sums, writer
 from .foreign_names import give_names, without_wrappers
 
 __all__ = ["ConvertPlan", "ConvertRequest", "candidates", "plan", "write"]
@@ -221,7 +221,7 @@ def _complete(
         sorted(
             name
             for name, leaf in kept.items()
-            if found.average and request.prefix + name in weights and leaf.dtype in FLOATS
+            if found.average and request.prefix + name in weights and blend.numeric(leaf.dtype)
         ),
         aliases,
         {name: float_dtype(leaf.dtype, request.dtype) for name, leaf in kept.items()},
