@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import threading
 import time
@@ -310,6 +311,30 @@ def test_following_over_restarts(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="passed over"):
         assert list(follow(folder, timeout=0)) == []
     again.handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"timeout": math.nan}, "timeout must be"),
+        ({"timeout": "3"}, "timeout must be"),
+        ({"timeout": -1}, "timeout must be"),
+        ({"poll": math.inf}, "poll must be"),
+        ({"poll": -0.5}, "poll must be"),
+        ({"after": "3"}, "after must be"),
+    ],
+)
+def test_following_refuses(options: dict[str, Any], named: str, tmp_path: Path) -> None:
+    """At the call: a timeout of nan would wait for ever."""
+    with pytest.raises(ValueError, match=named):
+        follow(tmp_path, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "bf16"])
+def test_a_source_refuses_dtypes(dtype: Any) -> None:
+    """Weights cast to whole numbers would be sent without a word."""
+    with pytest.raises(ValueError, match="must be a floating dtype"):
+        EMASource(EMA(nn.Linear(2, 2)), dtype=dtype)
 
 
 class Configured(nn.Linear):

@@ -2,7 +2,7 @@
 
 Ranks send the blocks that they answer for in windows of 16 MB. There is no collective per weight,
 and no rank holds more than the windows beside its own result. To one rank, those of other machines
-send through a rank of its machine ([Note: columns]).
+send through a rank of its machine ([Note: columns] in machines).
 """
 
 from __future__ import annotations

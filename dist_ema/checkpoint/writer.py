@@ -1,9 +1,9 @@
 """`Writer`: `ema.save` on every rank: prepare, place, send and write blocks; behind training too.
 
 Ranks of one machine write their regions straight into place: no gather, no copy of the model. The
-ranks of several machines send each byte to the machine that writes it ([Note: routes]), and all
-machines write at once. Either way the bytes are the same, and nothing appears under its name before
-it is whole.
+ranks of several machines send each byte to the machine that writes it ([Note: routes] in machines),
+and all machines write at once. Either way the bytes are the same, and nothing appears under its
+name before it is whole.
 
 [Note: one decides]  Disks and files can differ between ranks. What depends on them is decided on
 the first rank (`Ranks.run_on_first`) or compared (`Ranks.run_on_all`) before the next collective.

@@ -152,7 +152,7 @@ class AveragedModel(ModuleDropIn):
 def update_bn(loader: Iterable[Any], model: nn.Module, device: Device = None) -> None:
     """Give every BatchNorm the statistics of what it sees over the whole loader.
 
-    A model without BatchNorm is left alone. See [Note: no training mode] in recipes.batchnorm.
+    A model without BatchNorm is left alone. See [Note: no training mode] in recipes.layer_watch.
 
     Args:
         loader: batches, or tuples and lists whose first element is the batch.

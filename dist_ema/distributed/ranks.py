@@ -64,7 +64,7 @@ class Ranks(StoreCoordinator):
         self._claims = job_keys.Claims(self._open_claims)
         stores: list[BoundedStore] = []
         if self.size > 1:
-            # Ranks share no counters yet, so this has deadlines of its own ([Note: construction]).
+            # Ranks share no counters yet ([Note: construction] in construction).
             stores = together(
                 call_text(verb),
                 self.members,

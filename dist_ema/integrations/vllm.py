@@ -38,6 +38,9 @@ class EMASource:
         which: As for `EMA.swap`.
         dtype: The dtype of all floating weights; None sends the model's own.
 
+    Raises:
+        ValueError: `dtype` is no floating dtype.
+
     Note:
         *Collective*: every rank iterates to the end, and gets every full tensor. *Cost*: see
         `EMA.tensors`.
@@ -46,6 +49,8 @@ class EMASource:
     def __init__(
         self, ema: EMA, which: int | str | Schedule = 0, dtype: torch.dtype | None = None
     ) -> None:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating dtype of torch, or None, got {dtype!r}.")
         self._ema, self._which, self._dtype = ema, which, dtype
 
     def metadata(self) -> list[ParamMeta]:

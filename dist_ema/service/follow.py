@@ -15,6 +15,7 @@ import asyncio
 import math
 import os
 import time
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +191,14 @@ def follow(
         An iterator of `Version`.
 
     Raises:
-        ValueError: The folder is one saved model.
+        ValueError: The folder is one saved model, or a number of seconds is none.
     """
     versions.refuse_model(Path(folder))
+    # A timeout of nan would never pass.
+    if timeout is not None and not (isinstance(timeout, Real) and timeout >= 0):
+        raise ValueError(f"timeout must be a number of seconds from 0, or None, got {timeout!r}.")
+    if not (isinstance(poll, Real) and 0 <= poll < math.inf):
+        raise ValueError(f"poll must be a number of seconds from 0, got {poll!r}.")
+    if not hasattr(after, "__index__"):
+        raise ValueError(f"after must be the number of a version, got {after!r}.")
     return Follower(Path(folder), timeout, every, after, poll)
