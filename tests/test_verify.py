@@ -193,7 +193,9 @@ def test_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "f64": values.double(), "f32": values, "f16": values.half(), "bf16": values.bfloat16(),
         "e5m2": values.to(torch.float8_e5m2),
         "e4m3": torch.tensor([1.0, nan]).to(torch.float8_e4m3fn),
-        "c64": torch.complex(torch.tensor([1.0, nan]), torch.tensor([inf, 0.0])),
+        "c64": torch.complex(
+            torch.tensor([1.0, nan, nan, inf]), torch.tensor([inf, 0.0, inf, inf])
+        ),
         "int": torch.full((3,), -1), "bool": torch.tensor([True]), "fine": torch.ones(3),
         "empty": torch.ones(0), "only": torch.tensor([inf]),
     }  # fmt: skip
@@ -204,7 +206,7 @@ def test_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = dict.fromkeys(("f64", "f32", "f16", "bf16", "e5m2"), both)
     assert json.loads(out)[0]["not_finite"] == expected | {
         "e4m3": {"nan": 1, "inf": 0},
-        "c64": {"nan": 1, "inf": 1},
+        "c64": {"nan": 2, "inf": 2},
         "only": {"nan": 0, "inf": 1},
     }
     assert f"{tmp_path / 'a.safetensors'}: bf16 holds 1 NaN and 2 infinite values." in err

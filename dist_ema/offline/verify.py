@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint import atomic, disk, manifest, safetensors
-from ..dtypes import FLOATS, Bytes, finite, widen
+from ..dtypes import FLOATS, Bytes, finite, view, widen
 from ..text import Bar, Tick, sentence, silent
 from . import sources, sums
 from .report import ModelReport, report_on
@@ -197,8 +197,9 @@ def _count_not_finite(raw: Bytes, dtype: str) -> Counter[str]:
     itemsize = safetensors.ITEMSIZE[dtype]
     if dtype not in (*FLOATS, "C64") or finite(raw, dtype) * itemsize == len(raw):
         return Counter()
-    values = widen(raw, "F32" if dtype == "C64" else dtype)
-    return Counter(nan=int(np.isnan(values).sum()), inf=int(np.isinf(values).sum()))
+    values = view(raw, dtype) if dtype == "C64" else widen(raw, dtype)
+    nan = np.isnan(values)  # of a complex number, one part
+    return Counter(nan=int(nan.sum()), inf=int((np.isinf(values) & ~nan).sum()))
 
 
 def _note(verdict: Verdict, weight: str, not_finite: Counter[str]) -> None:
