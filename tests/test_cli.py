@@ -162,9 +162,11 @@ def test_other_kinds(call: Call, shop: Path) -> None:
         value.split(":")[0] for word, value in facts(found["sharded"][1]) if word == "file"
     ] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert (
-        says["part"][1]["averaged"] == "1 weights; frozen weights and buffers are not in the files"
+        says["part"][1]["averaged"] == "1 weight; frozen weights and buffers are not in the files"
     )
     assert says["part"][1]["attach"] == "updated by hand"
+    assert call("export", shop / "hf", shop / "hf-out")[0] == 0
+    assert "attach" not in dict(facts(call("inspect", shop / "hf-out")[1])), "nothing is known"
     assert says["out"][0] == "a model to ship, exported by dist_ema (format 1)"
     assert says["out"][1]["BF16"] == "weights 6, parameters 47, bytes 94"
     assert says["one.safetensors"][0] == "a safetensors file"

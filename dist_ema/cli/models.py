@@ -132,8 +132,8 @@ def _text_of_average(report: AverageReport) -> Iterator[str]:
     )
     yield ""
     yield printable(
-        f"{report.out}: the average of {len(report.terms)} models, {report.averaged:,} weights "
-        "averaged in float64"
+        f"{report.out}: the average of {len(report.terms)} models, "
+        f"{plural(report.averaged, 'weight')} averaged in float64"
     )
     yield from report.notes
     if report.taken:

@@ -73,7 +73,7 @@ def _facts(report: ModelReport) -> Iterator[tuple[str, str]]:
     if report.has_manifest:
         yield from _history(report)
         rest = "" if facts.weights == "all" else "; frozen weights and buffers are not in the files"
-        yield "averaged", f"{len(facts.averaged)} weights{rest}"
+        yield "averaged", f"{plural(len(facts.averaged), 'weight')}{rest}"
         if len(report.averages) == 1:
             yield "own buffers", ", ".join(facts.own_buffers) or "none"
     yield from (("alias", f"{alias} is {name}") for alias, name in report.aliases.items())
@@ -104,7 +104,8 @@ def _history(report: ModelReport) -> Iterator[tuple[str, str]]:
             own = ", ".join(facts.own_buffers_of(tree.label)) or "none"
             spec = specs[i] if i < len(specs) else "no schedule"
             yield f"average {i}", f"{spec}, {where}: {_total(tree.total)}; own buffers {own}"
-    yield "attach", listed(attach) if attach else "updated by hand"
+    if attach or facts.clock:  # models from elsewhere have neither
+        yield "attach", listed(attach) if attach else "updated by hand"
     if facts.extra:
         yield "extra", ", ".join(facts.extra)
     yield "versions", listed(facts.versions)

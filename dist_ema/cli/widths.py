@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..text import printable
+from ..text import plural, printable
 from .console import (
     CURVE,
     DTYPES,
@@ -99,7 +99,8 @@ def _text_of_reconstruct(where: str, report: ReconstructReport) -> Iterator[str]
         f"{profiles[0].now:g} to {profiles[-1].now:g}"
     )
     yield from (printable(f"  {text}") for text in sorted({repr(p.schedule) for p in profiles}))
-    yield f"mixed as of {report.at[0]:g}, after {report.at[1]:,} updates; weights sum to 1"
+    updates = plural(report.at[1], "update")
+    yield f"mixed as of {report.at[0]:g}, after {updates}; weights sum to 1"
     yield ""
     rows = [
         (

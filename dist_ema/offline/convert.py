@@ -199,8 +199,8 @@ def _complete(
     }
     if more:
         notes.append(
-            f"{len(more)} weights that are not averaged come from the live model: "
-            f"{', '.join(sorted(more)[:3])} ..."
+            f"{plural(len(more), 'weight')} not averaged, from the live model: "
+            f"{some(sorted(more), 3)}"
         )
     whole = not request.averaged_only and (
         bool(more) or (found.kind != "dist-ema" and not nameless)
