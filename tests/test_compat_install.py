@@ -181,6 +181,22 @@ def test_imports_after_it_give_ours(library: str, place: str, ours: type) -> Non
     assert getattr(sys.modules[module], name) is original
 
 
+class Unnamed(types.ModuleType):
+    """A module that is loaded when it is first looked at, and cannot be."""
+
+    @property
+    def __name__(self) -> str:  # type: ignore[override]
+        raise ImportError("its package is not installed")
+
+
+def test_other_modules_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lazy module is not loaded, and None in sys.modules forbids an import."""
+    monkeypatch.setitem(sys.modules, "lazy", Unnamed("lazy"))
+    monkeypatch.setitem(sys.modules, "torch.forbidden", None)  # type: ignore[arg-type]
+    with compat.install("torch") as handle:
+        assert "torch.optim.swa_utils.AveragedModel" in handle.places
+
+
 def test_refused() -> None:
     with pytest.raises(ValueError, match="no drop-in is known for 'nemo'; known are diffusers"):
         compat.install("nemo")

@@ -97,9 +97,10 @@ def install(library: str) -> Installed:
         original, drop_in = getattr(originals, name, None), getattr(drop_ins, name)
         # Installed twice, or a name that this version of the library lacks.
         is_ours = original is None or original is drop_in
-        for module in [] if is_ours else list(sys.modules.values()):
-            place = getattr(module, "__name__", "")
-            if f"{place}.".startswith(f"{library}.") and vars(module).get(name) is original:
+        for place, module in [] if is_ours else list(sys.modules.items()):
+            # None stands for a module that must not be imported.
+            inside = module is not None and f"{place}.".startswith(f"{library}.")
+            if inside and vars(module).get(name) is original:
                 installed.callback(setattr, module, name, original)
                 setattr(module, name, drop_in)
                 installed.places.append(f"{place}.{name}")
