@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,10 @@ def on_ranks() -> None:
     verb = ["recalibrate(...) failed on rank 0"] if rank else []
     with raises(RuntimeError if rank else ZeroDivisionError, "division by zero", *verb):
         recalibrate(DistributedDataParallel(model), (1 / rank * x for x in batches(rank, ())))
+    first = dist.new_group([0])
+    plain = Net(nn.BatchNorm1d)
+    with raises(ValueError, "a process group that holds this rank") if rank else nullcontext():
+        recalibrate(plain, batches(rank, ()), group=first)
     with raises(ValueError, "at least one batch on every rank"):
         recalibrate(fully_shard(Net(nn.BatchNorm1d)), batches(rank, ()) if rank else [])
     # A rank whose loader fails must not leave the others in a forward that it never joins.

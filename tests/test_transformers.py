@@ -97,6 +97,22 @@ def test_both_metrics(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(output.predictions), expected)
 
 
+def test_trainers_in_turn(tmp_path: Path) -> None:
+    """One callback for two trainers, one after the other: each evaluates once under each weights.
+    Two callbacks of one trainer would save to one folder, and are refused.
+    """
+    callback = EMACallback(decay=0.5)
+    one, other = trainer(tmp_path / "a", callback), trainer(tmp_path / "b", callback)
+    for made in (one, other, one):
+        made.train()
+        assert len(history(made, "eval_loss")) == len(history(made, "eval_ema_loss"))
+    with pytest.raises(RuntimeError, match="Give each trainer a callback of its own"):
+        other.evaluate()
+    one.add_callback(EMACallback(decay=0.9))
+    with pytest.raises(ValueError, match="takes one EMACallback"):
+        one.train()
+
+
 @pytest.mark.parametrize("metric", ["eval_schema_loss", "eval_ema_schema_loss", "ema_schema_loss"])
 def test_the_best_wins(metric: str, tmp_path: Path) -> None:
     """The first evaluation is made the best: the model ends as what won then, live or average, and

@@ -6,8 +6,9 @@ Nothing is decided here. Only the module of a framework imports it.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
-__all__ = ["existing"]
+__all__ = ["existing", "refuse_another"]
 
 
 def existing(
@@ -23,3 +24,12 @@ def existing(
             "the average starts from them."
         )
     return path
+
+
+def refuse_another(callback: object, callbacks: Iterable[object]) -> None:
+    """Raise ValueError if a trainer has another callback of this class."""
+    if any(isinstance(other, type(callback)) and other is not callback for other in callbacks):
+        raise ValueError(
+            "a trainer takes one EMACallback: two would save to one place and swap in each other's "
+            "evaluations. Pass several averages to one, EMACallback(decay=[a, b])."
+        )

@@ -19,7 +19,7 @@ from torch import nn
 from ..ema import EMA
 from ..schedules import Schedule, schedule_list
 from ..text import warn
-from . import existing
+from . import existing, refuse_another
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -82,6 +82,7 @@ class EMACallback(Callback):  # type: ignore[misc]
     # --- fitting --------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_another(self, trainer.callbacks)  # type: ignore[attr-defined]
         self._end_fit()  # a fit that raised was not torn down
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from ..ema import EMA
 from ..schedules import Schedule, schedule_list
 from ..verbs.publisher import Publication
-from . import existing
+from . import existing, refuse_another
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -90,6 +90,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 "EMACallback does not know the folders of a hyperparameter search: train one trial "
                 "at a time."
             )
+        refuse_another(self, trainer.callback_handler.callbacks)
         if self.ema is not None:  # a second train(), or a smaller batch size
             self.ema.detach()
         assert trainer.optimizer is not None
@@ -101,9 +102,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             self.ema.load(existing(f"{resumed}/ema", resumed))
         if self._publish is not None:
             self._publication = self.ema.publish(**self._publish)
-        if self._trainer is not trainer:
-            self._trainer = trainer
-            trainer.evaluation_loop = partial(self._evaluate, trainer.evaluation_loop)
+        self._trainer = trainer
+        if getattr(trainer.log, "func", None) != self._log:  # not wrapped by an earlier train()
+            trainer.evaluation_loop = partial(self._evaluate, trainer, trainer.evaluation_loop)
             trainer.log = partial(self._log, trainer.log)
 
     def on_save(
@@ -158,12 +159,18 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def _evaluate(
         self,
+        trainer: Trainer,
         original: Callable[..., Any],
         *args: Any,
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> Any:
         assert self.ema is not None
+        if trainer is not self._trainer:
+            raise RuntimeError(
+                "EMACallback averages the model of the trainer that trained last, and this is "
+                "another. Give each trainer a callback of its own."
+            )
         if not self._live:
             with self.ema.swap():
                 return original(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -62,9 +62,9 @@ def recalibrate(
         The number of batches that this rank ran.
 
     Raises:
-        ValueError: `num_batches` is no whole number from 1, or the model has neither a BatchNorm
-            that tracks statistics nor a spectral norm. Or there is no data, or a layer, which is
-            named, saw NaN, infinity or what its dtype cannot hold.
+        ValueError: `num_batches` is no whole number from 1, `group` does not hold this rank, or the
+            model has neither a BatchNorm that tracks statistics nor a spectral norm. Or there is no
+            data, or a layer, which is named, saw NaN, infinity or what its dtype cannot hold.
 
     Note:
         *Collective*: one reduction per layer. *Cost*: one layer's input in float64 at a time. A
@@ -101,7 +101,7 @@ def _recalibrate(
     group: dist.ProcessGroup | None,
 ) -> int:
     model_shards = discovery.find_shards(model)
-    members = model_shards.members if group is None else dist.get_process_group_ranks(group)
+    members = model_shards.members if group is None else _members_of(group)
     group = group or model_shards.group
     ranks = Ranks(
         members,
@@ -148,6 +148,19 @@ def _recalibrate(
                 module.running_mean.copy_(moments[name].mean)  # type: ignore[union-attr]
                 module.running_var.copy_(moments[name].variance)  # type: ignore[union-attr]
     return watch.batches
+
+
+def _members_of(group: dist.ProcessGroup) -> list[int]:
+    """The global ranks of a group, this one among them."""
+    # torch gives who is not in a new group another object, or the group all the same.
+    if isinstance(group, dist.ProcessGroup):
+        members = dist.get_process_group_ranks(group)
+        if dist.get_rank() in members:
+            return members
+    raise ValueError(
+        "recalibrate(group=) must be a process group that holds this rank. Call it on the ranks of "
+        "the group alone."
+    )
 
 
 def _lowest(ranks: list[list[int]]) -> list[int]:
