@@ -313,7 +313,10 @@ def test_a_rank_dies(victim: int, mode: str, wait: bool, words: str, tmp_path: P
     """
     said = run_ranks(3, dies, str(tmp_path), victim, mode, wait, allow_dead=True)
     assert said.pop(victim) is None
-    assert all(words in each for each in said), said
+    # Where it died before the others sent to it, they miss the key-value store that it held.
+    store = "the process that holds it (rank 0" if victim == 0 else words
+    assert all(words in each or store in each for each in said), said
+    assert all("failed behind training" in each for each in said) != wait, said
     assert whole(tmp_path / "kept")
     assert manifest.read(tmp_path / "kept").clock["now"] == 0
     left = [name for name in os.listdir(tmp_path) if name != "kept"]
