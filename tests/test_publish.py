@@ -27,6 +27,7 @@ from dist_ema.checkpoint import disk, leases, versions
 from dist_ema.integrations.vllm import EMASource
 from dist_ema.offline.verify import verify
 from dist_ema.service.follow import open_version
+from dist_ema.verbs.publisher import Publication
 from tests._ranks import run_ranks
 
 
@@ -112,6 +113,33 @@ def test_ranks_publish_what_save_writes(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == [
         ".leases", "latest", "version-000002", "version-000003",
     ]  # fmt: skip
+
+
+def publish_alone(folder: str) -> tuple[int, int, list[int]]:
+    """An unwrapped model on each rank. How often this one prepared the folder."""
+    prepared, begin = list[int](), Publication.begin
+
+    def count(self: Publication) -> int:
+        prepared.append(begin(self))
+        return prepared[-1]
+
+    Publication.begin = count  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    ema = EMA(nn.Linear(2, 2), 0.5)
+    for again in range(2):  # the second finds versions, one of which it removes
+        handle = ema.publish(folder, every=1, keep=2 - again)
+        ema.update()
+        handle.wait()
+        ema.update()
+        handle.remove()
+    return len(prepared), handle.number, versions_in(Path(folder))
+
+
+def test_one_rank_prepares_the_folder(tmp_path: Path) -> None:
+    """Two that did both renamed the same version away, and one of them failed."""
+    first, second = run_ranks(2, publish_alone, str(tmp_path / "published"))
+    assert first == (2, 4, [4])
+    assert second[:2] == (0, 4)
 
 
 def test_a_version_in_flight_is_not_waited_for(

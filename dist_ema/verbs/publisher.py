@@ -204,8 +204,9 @@ class Publisher:
             **form,
         }
         self._entry.begin("publish", Reads.SHADOWS, which, prepare, arguments)
-        publication = made[0]
-        publication.number = self._entry.ranks.run_on_first("publish", publication.begin)
+        publication, ranks = made[0], self._entry.everyone("publish")
+        with ranks.entering("publish"):  # one of all that write: others may hold the model alone
+            publication.number = ranks.run_on_first("publish", publication.begin)
         self._publication = publication
         # Notes the clock: versions are due from here on.
         self._saving.passes(publication.folder, every)
