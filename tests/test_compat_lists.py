@@ -896,6 +896,30 @@ def test_swa_leaves_a_loaded_state_alone() -> None:
     assert torch.equal(buffer, before)
 
 
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_copies_of_swa_go_on_alone(again: Any, swapped: bool) -> None:
+    """With the means, and with the weights that they replaced."""
+    model = nn.Linear(2, 2)
+    opt = contrib.SWA(torch.optim.SGD(model.parameters(), 0.1, momentum=0.5), 0, 1, 0.1)
+    model(torch.ones(1, 2)).sum().backward()
+    opt.step()
+    opt.step()
+    if swapped:
+        opt.swap_swa_sgd()
+    model_copy, opt_copy = again((model, opt))
+    before = snapshot(model)
+    for one, of in ((opt, model), (opt_copy, model_copy)):
+        if swapped:
+            one.swap_swa_sgd()
+        one.zero_grad()
+        of(torch.ones(1, 2)).sum().backward()
+        one.step()
+        one.swap_swa_sgd()
+    assert same(snapshot(model), snapshot(model_copy))
+    assert not same(snapshot(model), before)
+
+
 def test_swa_says_what_the_original_says() -> None:
     """Scripts filter warnings and match errors by their texts: these are torchcontrib's."""
     inner = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)

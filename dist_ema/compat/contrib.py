@@ -183,6 +183,11 @@ class SWA(Optimizer):
 
     # --- state ----------------------------------------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for copies and pickles, which follow their copy of the parameters."""
+        own = ("optimizer", "swa_start", "swa_freq", "swa_lr", "_auto_mode", "_means", "_kept")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
     def state_dict(self) -> dict[str, Any]:
         """opt_state, swa_state and param_groups; of a sharded model this rank's part."""
         self._show()
