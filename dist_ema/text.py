@@ -79,7 +79,8 @@ def size(nbytes: float) -> str:
         if nbytes < 999.5 or unit == "TB":
             break
         nbytes /= 1000
-    return f"{nbytes:,.0f} {unit}" if unit == "B" or nbytes >= 999.5 else f"{nbytes:.3g} {unit}"
+    whole = unit == "B" or 999.5 <= nbytes < 1e6
+    return f"{nbytes:,.0f} {unit}" if whole else f"{nbytes:.3g} {unit}"
 
 
 def size_of(text: int | str, what: str = "max_shard_size") -> int:

@@ -21,10 +21,13 @@ from dist_ema import text
         (1_234_567_890, "1.23 GB"),
         (1e12 - 1, "1 TB"),
         (1.5e15, "1,500 TB"),
+        (4e300, "4e+288 TB"),
     ],
 )
 def test_size(nbytes: float, expected: str) -> None:
-    """Three digits and a unit; never an exponent, and never 1,000 of a unit that has a next one."""
+    """Three digits and a unit; an exponent only beyond all disks, and never 1,000 of a unit that
+    has a next one.
+    """
     assert text.size(nbytes) == expected
 
 
