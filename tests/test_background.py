@@ -403,6 +403,23 @@ def test_an_error_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     assert (behind.finish(), done) == ([], [1])
 
 
+def test_a_thread_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left of the save, and the next one works."""
+    ema, start = EMA(nn.Linear(2, 2)), threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "dist_ema files":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="can't start new"):
+        patch.setattr(threading.Thread, "start", refuse)
+        ema.save(tmp_path / "a", wait=False)
+    assert not list(tmp_path.iterdir())
+    ema.save(tmp_path / "a", wait=False)
+    ema.load(tmp_path / "a")
+
+
 def test_a_world_of_one(tmp_path: Path) -> None:
     """Without a process group, and from inside inference mode."""
     model = nn.Linear(3, 2)

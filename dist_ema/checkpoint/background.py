@@ -35,8 +35,9 @@ class BackgroundTask:
                 log.error("%s failed behind training: %s", what, error)
                 self._outcome.set_exception(error)
 
-        self._thread = threading.Thread(target=run, name="dist_ema files", daemon=False)
-        self._thread.start()
+        thread = threading.Thread(target=run, name="dist_ema files", daemon=False)
+        thread.start()  # which may fail
+        self._thread = thread
 
     @property
     def busy(self) -> bool:

@@ -87,15 +87,19 @@ class Writer:
 
     def _begin(self, request: SaveRequest, behind: Ranks) -> None:
         prepared = self._prepare(request, stage=True)
-        if prepared.routes is not None:
-            behind.connections(request.verb)  # now: the process group may be gone later
-        # Step 1: all ranks have entered the verb, so one that is silent from here on is dead or
-        # hung.
-        behind.begin(request.verb, step=1)
-        self.background.start(
-            f"ema.{request.verb}({str(request.path)!r}, wait=False)",
-            lambda: self._carry_out_together(prepared, behind),
-        )
+        try:
+            if prepared.routes is not None:
+                behind.connections(request.verb)  # now: the process group may be gone later
+            # Step 1: all ranks have entered the verb, so one that is silent from here on is dead or
+            # hung.
+            behind.begin(request.verb, step=1)
+            self.background.start(
+                f"ema.{request.verb}({str(request.path)!r}, wait=False)",
+                lambda: self._carry_out_together(prepared, behind),
+            )
+        except BaseException:
+            self._abandon(prepared.folder)
+            raise
 
     def _carry_out_together(self, prepared: _PreparedSave, ranks: Ranks) -> list[str]:
         """Write, and stay until all ranks know the outcome: this process may serve the store."""
