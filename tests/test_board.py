@@ -111,7 +111,7 @@ def test_serving(folder: Path) -> None:
             folder.rename(folder.parent / "moved")
             with pytest.raises(urllib.error.HTTPError, match="503") as refused:
                 urllib.request.urlopen(address)
-            assert "published does not exist" in refused.value.read().decode()
+            assert "there is no folder" in refused.value.read().decode()
             (folder.parent / "moved").rename(folder)
         finally:
             server.kill()

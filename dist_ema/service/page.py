@@ -51,7 +51,7 @@ def build(folder: Path, metrics: Path | None = None, ledger: Path | None = None)
         ValueError: It is one saved model.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist.")
+        raise FileNotFoundError(f"there is no folder {folder}.")
     versions.refuse_model(folder)
     published = dict(_read_versions(folder))
     records = read_records(ledger or folder / NAME)
