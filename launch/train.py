@@ -438,7 +438,8 @@ def _sync(path: Path) -> None:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    return sorted(out.glob("epoch-[0-9]*"))
+    """The oldest first. A copy of yours, epoch-0003.bak, is none."""
+    return sorted(path for path in out.glob("epoch-*") if path.name[6:].isdigit())
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -458,18 +459,29 @@ def find_start(args: argparse.Namespace) -> int:
         )
     epoch = 0
     if found:
-        state = json.loads((found[-1] / "state.json").read_text())
-        epoch = int(state["epoch"])
-        _refuse_changes(args, found[-1], state["settings"])
+        with _refused_if_damaged(path := found[-1] / "state.json"):
+            state = json.loads(path.read_text())
+            epoch, before = int(state["epoch"]), dict(state["settings"])
+        _refuse_changes(args, found[-1], before)
+    with _refused_if_damaged(args.out / "metrics.jsonl"):
+        rows = [row for row in read_metrics(args.out) if row["epoch"] <= epoch]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        rewrite(
-            args.out / "metrics.jsonl",
-            [row for row in read_metrics(args.out) if row["epoch"] <= epoch],
-        )
+        rewrite(args.out / "metrics.jsonl", rows)
     except OSError as error:
         raise UsageError(f"--out {args.out} cannot be written: {error.strerror}.") from None
     return epoch
+
+
+@contextmanager
+def _refused_if_damaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        raise UsageError(
+            f"{path} is missing or damaged, so the run cannot go on from {path.parent}: remove "
+            "what is damaged, or write to another --out."
+        ) from None
 
 
 def _refuse_changes(args: argparse.Namespace, folder: Path, before: dict[str, Any]) -> None:

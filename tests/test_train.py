@@ -354,6 +354,14 @@ def test_a_run_is_not_overwritten_nor_changed(
         in capsys.readouterr().err
     )
     assert [row["epoch"] for row in metrics(tmp_path / "run")] == [1]
+    again = [*out, "--epochs", "1", "--resume", *QUICK]
+    (tmp_path / "run" / "epoch-0001.bak").mkdir()  # a copy of the user's
+    assert train.main(again) == 0
+    for name in ("metrics.jsonl", "epoch-0001/state.json"):
+        (tmp_path / "run" / name).write_text("{half\n")
+        capsys.readouterr()
+        assert train.main(again) == 2
+        assert f"{name} is missing or damaged, so the run cannot" in capsys.readouterr().err
 
 
 # --- the launchers --------------------------------------------------------------------------------
