@@ -305,8 +305,10 @@ def test_what_cannot_be_averaged_is_refused_by_name(tensor: torch.Tensor, words:
 
 @pytest.mark.parametrize("only", ["lora_", lambda name: False])
 def test_nothing_matches(only: Any) -> None:
-    with pytest.raises(ValueError, match="no trainable floating-point weights in Linear"):
+    with pytest.raises(ValueError, match=r"in Linear\. Are all frozen, or does only=.* match no"):
         EMA(nn.Linear(2, 2), 0.5, only=only)
+    with pytest.raises(ValueError, match=r"floating-point weights in Linear\. Are all frozen\?$"):
+        EMA(nn.Linear(2, 2).requires_grad_(False), 0.5)
 
 
 def test_arguments() -> None:
