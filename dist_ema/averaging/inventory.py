@@ -152,9 +152,10 @@ class Inventory:
         """Errors where nothing is averaged; a stage of a pipeline may have nothing to average."""
         buffers, lacks = self.selection.buffers, []
         if not some_kept and all(shard.kind == "buffer" for shard in chosen):
+            only = self.selection.only
             lacks.append(
                 f"EMA found no trainable floating-point weights in {type(self.model).__name__}. "
-                f"Are all frozen, or does only={self.selection.only!r} match nothing?"
+                f"Are all frozen{'' if only is None else f', or does only={only!r} match nothing'}?"
             )
         if buffers not in ("copy", "average", OWN) and all(
             shard.kind != "buffer" for shard in chosen
