@@ -520,8 +520,8 @@ def test_clocks_of_epochs_and_of_tokens(elapsed: float, names: list[str], tmp_pa
 
 def test_leftovers(tmp_path: Path) -> None:
     """What a killed snapshot left is removed by a later one, unless that is of an earlier clock."""
-    for clock in (5, 15):
-        (tmp_path / f".{clock:010}.tmp-{'0' * 32}").mkdir()
+    for clock in ("0000000005", "0000000009.75", "0000000015"):
+        (tmp_path / f".{clock}.tmp-{'0' * 32}").mkdir()
     ema = EMA(nn.Linear(2, 2), TWO)
     ema.update(10)
     ema.snapshot(tmp_path, every=10)

@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+_CLOCK = re.compile(r"[0-9]{10,}(\.[0-9]+)?")  # as `ema.snapshot` names its folders
+
+
 def refuse(path: Path, keep: int) -> None:
     """Raise ValueError, before anything is written, where `advance` would have to."""
     if type(keep) is not int or keep < 1:
@@ -118,7 +121,9 @@ def remove_leftovers(path: Path) -> None:
     """
     for name in os.listdir(path.parent):
         leftover = re.fullmatch(r"\.(.+)\.(gone|old|tmp)-[0-9a-f]{32}", name, re.DOTALL)
-        if leftover is None or not _precedes(leftover[1], path.name):
+        if leftover is None:
+            continue
+        if not (_precedes(leftover[1], path.name) or _is_earlier(leftover[1], path.name)):
             continue
         if leftover[2] == "gone":
             disk.remove(path.parent / name)
@@ -137,6 +142,11 @@ def _precedes(name: str, last: str) -> bool:
     """Whether it is the name of a save of the same run, up to the number of the `last` one."""
     (stem, number), (last_stem, last_number) = _split(name), _split(last)
     return stem == last_stem and 0 <= number <= last_number
+
+
+def _is_earlier(name: str, last: str) -> bool:
+    """Whether both are the clocks of snapshots, which may have fractions, in this order."""
+    return all(map(_CLOCK.fullmatch, (name, last))) and float(name) <= float(last)
 
 
 def _is_save(folder: Path, published: bool) -> bool:
