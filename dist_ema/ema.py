@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .averaging import gather, metrics, stepped_weights, teacher
-from .averaging.average import OWN, Placement, Selection, refuse_dtype
+from .averaging.average import OWN, Placement, Selection, refuse_dtype, shadow_device
 from .averaging.averages import AveragedWeights
 from .averaging.clock import Clock
 from .averaging.optimizer_hooks import Attachment
@@ -144,7 +144,7 @@ class EMA:
             teacher.refuse_beside_teacher(schedules, dtype, device)
         elif buffers == OWN:
             raise ValueError("buffers='own' needs into=: the buffers are those of the teacher.")
-        device = None if device is None else torch.device(device)
+        device = shadow_device(device)
         if not isinstance(split, (bool, dist.ProcessGroup)):
             raise ValueError(f"split must be True, False or a process group, got {split!r}.")
         # into=: the teacher's memory is the shadow, so nothing is divided.
@@ -309,7 +309,7 @@ class EMA:
 
         Raises:
             RuntimeError: Inside `swap`, or with into=, where the shadows are the teacher's weights.
-            ValueError: The dtype is none of float32, float64 and bfloat16.
+            ValueError: The dtype is none of float32, float64 and bfloat16, or the device is none.
 
         Note:
             *Cost*: the old shadows and the new ones together, until it returns.
@@ -317,6 +317,7 @@ class EMA:
         weights = self.weights
         if dtype is not None:
             refuse_dtype(dtype)
+        device = shadow_device(device)
         if weights.teacher is not None:
             raise RuntimeError(
                 "ema.to() of an EMA with into=: the shadows are the teacher's weights. Build the "
@@ -326,7 +327,7 @@ class EMA:
         weights.ready()
         placement = weights.placement
         dtype = dtype or placement.dtype
-        device = placement.device if device is None else torch.device(device)
+        device = device or placement.device
         if (dtype, device) != (placement.dtype, placement.device):
             weights.reallocate(dtype, device)
         return self

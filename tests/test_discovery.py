@@ -319,6 +319,7 @@ def test_arguments() -> None:
         ({"timeout": "1"}, "timeout must be a positive number of seconds, got '1'"),
         ({"dtype": torch.float16}, "dtype must be"),
         ({"buffers": "keep"}, "buffers must be"),
+        ({"device": "meta"}, "device must be None or a device that is here, .* got 'meta'"),
     ]:
         with pytest.raises(ValueError, match=words):
             EMA(nn.Linear(2, 2), **options)

@@ -185,6 +185,9 @@ def test_refused() -> None:
         ValueError, match="dtype must be torch.float32, float64 or bfloat16, got torch.float16"
     ):
         ema.to(dtype=torch.float16)
+    for device in ("meta", "gpu", F64):
+        with pytest.raises(ValueError, match=rf"like 'cpu' or 'cuda:1', got '?{device}"):
+            ema.to(device)
     with ema.swap(), pytest.raises(RuntimeError, match=r"ema.to\(\) inside ema.swap"):
         ema.to(dtype=F64)
     taught = EMA(model, into=nn.Linear(3, 3))

@@ -24,6 +24,7 @@ __all__ = [
     "Selection",
     "SkippedSteps",
     "refuse_dtype",
+    "shadow_device",
     "whole_modules",
 ]
 
@@ -264,3 +265,18 @@ def refuse_dtype(dtype: torch.dtype) -> None:
     """Raise ValueError for a dtype that shadows cannot have."""
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float32, float64 or bfloat16, got {dtype}.")
+
+
+def shadow_device(device: str | torch.device | None) -> torch.device | None:
+    """The device that a user asks for. Raises ValueError for one that cannot hold shadows."""
+    if device is None:
+        return None
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError):
+        asked = None
+    if asked is None or asked.type == "meta":
+        raise ValueError(
+            f"device must be None or a device that is here, like 'cpu' or 'cuda:1', got {device!r}."
+        )
+    return asked
