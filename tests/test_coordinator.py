@@ -738,6 +738,31 @@ def two_attempts() -> None:
     assert answers == ["new", [0, 1]] * 2
 
 
+def two_threads() -> None:
+    """A verb beside another one is refused: the ranks would take one for the other."""
+    ema, errors = EMA(wrap("ddp", Net()), 0.5, timeout=5.0), list[str]()
+
+    def gather() -> None:
+        try:
+            ema.gather()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def beside() -> None:
+        thread = threading.Thread(target=gather)
+        thread.start()
+        thread.join()
+
+    with ema.swap():
+        beside()
+    (text,) = errors
+    assert text.startswith(
+        "ema.gather() was called while ema.swap() is under way in another thread"
+    )
+    beside()
+    assert len(errors) == 1
+
+
 def group_destroyed(folder: str) -> None:
     """Files and `gather` travel over TCP; what is sent over the group is refused by name."""
     ema = EMA(wrap("ddp", Net()), 0.5)
@@ -759,6 +784,7 @@ def together(folder: str) -> None:
     first_rank_late()
     first_file_of_an_unwrapped_model()
     two_attempts()
+    two_threads()
     group_destroyed(folder)
 
 

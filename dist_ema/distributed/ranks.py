@@ -8,7 +8,10 @@ attempt, or of another EMA, can be read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from uuid import uuid4
 
@@ -90,6 +93,7 @@ class Ranks(StoreCoordinator):
     def _connect(self, stores: Sequence[BoundedStore], timeout: float) -> None:
         """Send messages over the first store, and heartbeats over the second."""
         self._stores = list(stores)
+        self._thread = 0  # the one that is inside a verb
         self._machines: Machines | None = None
         self._connections: Connections | None = None
         messages, beats = stores or (None, None)
@@ -119,6 +123,26 @@ class Ranks(StoreCoordinator):
             self._prefixes = number
         other._connect(stores, self.timeout)
         return other
+
+    @contextmanager
+    def entering(self, verb: str, exchanges: float = math.inf) -> Iterator[None]:
+        """As there, for one thread at a time: ranks know calls by their order alone.
+
+        Raises:
+            RuntimeError: Another thread is inside a verb.
+        """
+        here, inside = threading.get_ident(), self._thread
+        if self.size > 1 and inside not in (0, here):
+            raise RuntimeError(
+                f"{call_text(verb)} was called while {call_text(self.verb)} runs in another "
+                "thread. Call the collective verbs from one thread, in the same order on all ranks."
+            )
+        try:
+            self._thread = here
+            with super().entering(verb, exchanges):
+                yield
+        finally:
+            self._thread = inside
 
     def _incarnation(self) -> str:
         """A random id, the same on all ranks ([Note: incarnations])."""
