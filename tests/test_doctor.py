@@ -8,6 +8,7 @@ really breaks in them.
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,17 @@ def fault(
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_knows_what_is_needed() -> None:
+    """The versions of pyproject.toml, of dependencies and of extras."""
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    required = re.search(r"^dependencies = \[(.*?)\]", project, re.MULTILINE)
+    assert required is not None
+    assert dict(re.findall(r'"(\w+)>=([\d.]+)"', required[1])) == doctor.NEEDED
+    least = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', project))
+    for name, known in doctor.KNOWN.items():
+        assert not known or known == least[name], name
 
 
 def test_sound(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from ..checkpoint import atomic
 from ..text import size
 
 __all__ = [
+    "KNOWN",
+    "NEEDED",
     "Check",
     "check_folder",
     "check_launch",
@@ -33,11 +35,11 @@ __all__ = [
 ]
 
 # The oldest supported version; '' for packages that are only reported.
-_NEEDED = {"torch": "2.8", "numpy": "1.26", "ml_dtypes": "0.5"}
-_KNOWN = {
+NEEDED = {"torch": "2.8", "numpy": "1.26", "ml_dtypes": "0.5", "rich": "13"}
+KNOWN = {
     "accelerate": "1.2", "transformers": "4.46", "lightning": "2.4", "pytorch-lightning": "",
-    "deepspeed": "", "diffusers": "", "triton": "", "numba": "", "rich": "", "safetensors": "",
-    "matplotlib": "",
+    "deepspeed": "", "diffusers": "", "triton": "", "numba": "0.61", "safetensors": "",
+    "matplotlib": "3.8",
 }  # fmt: skip
 _NETWORK = ("nfs", "lustre", "gpfs", "ceph", "beegfs", "smb", "cifs", "fuse", "9p")
 _WORLD = 2
@@ -59,9 +61,9 @@ def examine(folder: Path, *, timeout: float = 120.0, test: bool = True) -> Itera
     yield Check(
         "python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
     )
-    for name, least in (_NEEDED | _KNOWN).items():
-        if name in _NEEDED or _version(name):
-            yield check_package(name, least, name in _NEEDED)
+    for name, least in (NEEDED | KNOWN).items():
+        if name in NEEDED or _version(name):
+            yield check_package(name, least, name in NEEDED)
     facts = _ask(timeout)
     if isinstance(facts, Check):
         yield facts
