@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -111,10 +112,12 @@ class ThreadRanks(Ranks):
         self._connect([], TIMEOUT)
 
     def _connect(self, stores: Sequence[Any], timeout: float) -> None:
-        store = Store(dist.PrefixStore(self._prefix, self._base))
+        own = dist.PrefixStore(self._prefix, self._base)
+        self._stores: Any = [SimpleNamespace(store=own)]  # behind which others are opened
+        store = Store(own)
         self.stores.append(store)
         beats = dist.PrefixStore(self._prefix, self._base)
-        self._machines = self._connections = None
+        self._machines, self._connections, self._thread = None, None, 0
         StoreCoordinator.__init__(self, store, self.members, self.rank, timeout, beats)
 
     def machines(self, verb: str) -> machines.Machines:
