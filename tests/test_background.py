@@ -25,7 +25,7 @@ from torch import nn
 
 from dist_ema import EMA, load_file
 from dist_ema.checkpoint import crc32, disk, manifest
-from dist_ema.checkpoint.writer import BackgroundTask
+from dist_ema.checkpoint.background import BackgroundTask
 from dist_ema.distributed import connections, receiver, waiting
 from tests._models import Core, Images
 from tests._oracle import Training

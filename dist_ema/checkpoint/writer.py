@@ -25,9 +25,9 @@ from ..distributed.machines import Routes
 from ..distributed.ranks import Ranks
 from . import atomic, crc32, disk, placing, save_folder
 from .background import BackgroundTask
-from .request import AverageFiles, SaveRequest
+from .request import SaveRequest
 
-__all__ = ["AverageFiles", "BackgroundTask", "SaveRequest", "Writer"]
+__all__ = ["Writer"]
 
 
 @dataclass(frozen=True)
