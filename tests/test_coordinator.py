@@ -756,9 +756,7 @@ def two_threads() -> None:
     with ema.swap():
         beside()
     (text,) = errors
-    assert text.startswith(
-        "ema.gather() was called while ema.swap() is under way in another thread"
-    )
+    assert text.startswith("ema.gather() was called while ema.swap() runs in another thread")
     beside()
     assert len(errors) == 1
 
