@@ -209,7 +209,7 @@ class EMA:
         if not weights.clock.started:
             trial = replace(weights.clock)  # an update that is refused begins nothing
             trial.start()
-            trial.move([once or average.schedule for average in weights.averages], float(elapsed))
+            trial.decays([once or average.schedule for average in weights.averages], float(elapsed))
             weights.begin()
         attached = self._entry.attached
         if guard is None:

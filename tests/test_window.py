@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ema import EMA, Window, load_file
+from dist_ema import EMA, Ratio, Window, load_file
 from dist_ema.averaging.engines import HostThread
 from dist_ema.checkpoint import reader
 from dist_ema.cli import console, main
@@ -154,6 +155,18 @@ def test_updates_of_any_size(every: int) -> None:
         shares = torch.tensor([clock[i + 1] - clock[i] for i in inside], dtype=torch.double)
         expected = (shares[:, None] * torch.stack([past[i] for i in inside])).sum(0) / shares.sum()
         torch.testing.assert_close(ema.gather()["w"], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("elapsed", [-5.0, math.nan, 2.5])
+def test_an_update_that_is_refused_ends_no_block(elapsed: float) -> None:
+    """Here the average beside the window takes whole steps only."""
+    ema = EMA(line(), [Window(8, blocks=2), Ratio()], dtype=torch.float64)
+    past = walk(ema, 7, 0)
+    with pytest.raises(ValueError, match="elapsed"):
+        ema.update(elapsed)
+    torch.testing.assert_close(ema.gather()["w"], torch.stack(past).mean(0))
+    past += walk(ema, 1, 1)
+    torch.testing.assert_close(ema.gather()["w"], torch.stack(past).mean(0))
 
 
 def test_a_replaced_weight_has_no_past() -> None:

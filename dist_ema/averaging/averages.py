@@ -66,9 +66,8 @@ class AveragedWeights:
         into: nn.Module | None = None,
     ) -> None:
         self.clock, self.swaps, self.seed, self.bypassed = clock.Clock(), SwapRegistry(), 0, 0
-        self.teacher = (
-            None if into is None else Teacher(into, self.sync_teacher, selection.buffers == OWN)
-        )
+        own = selection.buffers == OWN
+        self.teacher = None if into is None else Teacher(into, self.sync_teacher, own)
         self.inventory = inventory = Inventory(model, schedules, selection, placement, self.teacher)
         self.model, self.averages = inventory.model, inventory.averages
         self.selection, self.placement = inventory.selection, inventory.placement
@@ -141,9 +140,8 @@ class AveragedWeights:
             reads: What it reads or writes.
             further: Weights that belong to the whole model beside those that are known here.
         """
-        self.swaps.refuse(
-            verb, reads, chain((state.shard.tensor for state in self.states), further)
-        )
+        tensors = (state.shard.tensor for state in self.states)
+        self.swaps.refuse(verb, reads, chain(tensors, further))
         self.updates.refuse_capture(verb)
         if why := wrappers.blocker(self.inventory.sharded):
             raise RuntimeError(f"{verb}() {why}.")
@@ -289,6 +287,8 @@ class AveragedWeights:
         if number < 2 or self._watch.changed():
             self.inventory.refuse_unfrozen()
             self.follow(tree=self._watch.sees_tree)
+        # Asked before, as an update that is refused must end no block.
+        self.clock.decays([once or average.schedule for average in self.averages], elapsed)
         self._keep_full_blocks(elapsed)
         decays = self.clock.move([once or average.mover for average in self.averages], elapsed)
         weights = []

@@ -35,16 +35,20 @@ class Clock:
         """The clock as this schedule counts: since averaging began, or since training began."""
         return self.now + self.before if schedule.origin == "training" else self.now
 
+    def decays(self, schedules: Sequence[Schedule], elapsed: float) -> list[float]:
+        """The decay of each schedule for a move by `elapsed`. Raises ValueError if one has none."""
+        if not 0 < elapsed < math.inf:
+            raise ValueError(f"elapsed must be positive and finite, got {elapsed}.")
+        return [schedule(self.at(schedule) + elapsed, elapsed) for schedule in schedules]
+
     def move(self, schedules: Sequence[Schedule], elapsed: float) -> list[float]:
         """Advance by `elapsed`, and return the decay of each schedule for the move.
 
         Raises:
             ValueError: a schedule gives no decay; the clock has not advanced then.
         """
-        if not 0 < elapsed < math.inf:
-            raise ValueError(f"elapsed must be positive and finite, got {elapsed}.")
         # All decays come before the first counter moves: a schedule may refuse the clock.
-        decays = [schedule(self.at(schedule) + elapsed, elapsed) for schedule in schedules]
+        decays = self.decays(schedules, elapsed)
         self.now += elapsed
         self.updates += 1
         return decays

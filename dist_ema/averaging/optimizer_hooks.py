@@ -27,7 +27,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from operator import index
 from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod
@@ -86,7 +85,7 @@ class Attachment:
         if not callable(elapsed):
             elapsed = _units(elapsed)
             # A schedule that cannot take so many units says so now, and not in a later step.
-            replace(weights.clock).move([a.schedule for a in weights.averages], every * elapsed)
+            weights.clock.decays([a.schedule for a in weights.averages], every * elapsed)
         # Once each, as a round is over when every one of them has stepped.
         hooked = list(dict.fromkeys(map(_that_takes_hooks, optimizers)))
         self.every, self.start, self.guard = every, start, guard
