@@ -603,7 +603,7 @@ class EMA:
             The path, or None where nothing was saved.
         """
         every = interval(every)
-        if not self._saving.passes(folder, every):
+        if not self._saving.passes("snapshot", folder, every):
             return None
         # Ten digits, so that names sort as their clocks do; a fraction where epochs are counted.
         now = round(self.weights.clock.now, 6)

@@ -167,6 +167,18 @@ def test_a_version_in_flight_is_not_waited_for(
         trainer.ema.publish(tmp_path / "third")
 
 
+def test_snapshots_in_the_same_folder(tmp_path: Path) -> None:
+    """Each of the two verbs looks at the clock for itself."""
+    trainer = Trainer(tmp_path, every=2)
+    taken = []
+    for _ in range(4):
+        trainer.step()
+        taken.append(trainer.ema.snapshot(tmp_path, every=2) is not None)
+    trainer.handle.remove()
+    assert taken == [False, True, False, True]
+    assert versions_in(tmp_path) == [1, 2]
+
+
 def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training goes on, and the next version is tried; nothing half-written stays."""
     trainer = Trainer(tmp_path / "published")

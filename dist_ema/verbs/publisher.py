@@ -209,7 +209,7 @@ class Publisher:
             publication.number = ranks.run_on_first("publish", publication.begin)
         self._publication = publication
         # Notes the clock: versions are due from here on.
-        self._saving.passes(publication.folder, every)
+        self._saving.passes("publish", publication.folder, every)
         # Weak: the weights must not keep the EMA alive.
         weights.after_update = WeakMethod(self.publish_due)
         return publication
@@ -219,7 +219,7 @@ class Publisher:
         publication = self._publication
         if publication is None or not publication.active:
             return
-        if self._saving.passes(publication.folder, publication.every):
+        if self._saving.passes("publish", publication.folder, publication.every):
             with self._entry.everyone("publish").entering("publish"):
                 self._publish(publication)
 

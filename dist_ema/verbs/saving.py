@@ -40,15 +40,15 @@ class Saving:
     def __init__(self, entry: VerbEntry) -> None:
         self._entry, self._weights = entry, entry.weights
         self.writer: writer.Writer | None = None
-        # The clock at the last look for each folder of `snapshot` and `publish`.
-        self._last_looks: dict[str, float] = {}
+        # The clock at the last look of `snapshot` or `publish` for each of their folders.
+        self._last_looks: dict[tuple[str, str], float] = {}
 
-    def passes(self, folder: str | Path, every: float) -> bool:
-        """Whether the clock has passed a multiple of `every` since the last look for `folder`."""
+    def passes(self, verb: str, folder: str | Path, every: float) -> bool:
+        """Whether the clock has passed a multiple of `every` since the verb's last look."""
         now, last = self._weights.clock.now, self._weights.averages[0].last
         # The first look is that of the update before.
-        before = self._last_looks.get(str(folder), now - (last[1] if last else 0.0))
-        self._last_looks[str(folder)] = now
+        before = self._last_looks.get((verb, str(folder)), now - (last[1] if last else 0.0))
+        self._last_looks[verb, str(folder)] = now
         return now // every > before // every
 
     # --- what to write ----------------------------------------------------------------------------
