@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +430,19 @@ def test_other_values_under_the_name_of_a_weight_are_named(make: Any, tmp_path: 
 
 def test_a_copy_under_the_name_of_a_weight_needs_no_warning(tmp_path: Path) -> None:
     EMA(hooked(cloned), 0.5).save(tmp_path / "saved")  # warnings are errors here
+
+
+@pytest.mark.parametrize("state", [None, {"encoder": {"w": 1}}])
+def test_a_state_dict_of_the_model_s_own_stops_no_verb(state: Any, tmp_path: Path) -> None:
+    class Own(nn.Linear):
+        def state_dict(self) -> Any:  # type: ignore[override]
+            return state
+
+    ema = EMA(Own(2, 2), 0.5)
+    for verb in (ema.save, ema.export):
+        with pytest.warns(UserWarning, match="encoder") if state else nullcontext():
+            verb(tmp_path / verb.__name__)
+    assert set(ema.gather()) == set(load_file(tmp_path / "save")) == {"weight", "bias"}
 
 
 def test_extra_state_is_named(tmp_path: Path) -> None:

@@ -68,11 +68,20 @@ def unexplained_keys(model: nn.Module, recorded: Mapping[str, Tensor]) -> list[s
     held = set(map(id, recorded.values()))
     unexplained = set()
     for stage in model if isinstance(model, parameters.Stages) else [model]:
-        for key, value in unwrapped(stage).state_dict(keep_vars=True).items():
+        for key, value in _state_dict(unwrapped(stage)).items():
             own = recorded.get(canonical(key))
             if id(value) not in held if own is None else not _same_values(value, own):
                 unexplained.add(canonical(key))
     return sorted(unexplained)
+
+
+def _state_dict(module: nn.Module) -> Mapping[str, Any]:
+    """What the module's own method gives, which may take no arguments, or give something else."""
+    try:
+        state: Any = module.state_dict(keep_vars=True)
+    except TypeError:
+        state = module.state_dict()
+    return state if isinstance(state, Mapping) else {}
 
 
 def _same_values(value: Any, own: Tensor) -> bool:
