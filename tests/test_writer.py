@@ -229,6 +229,8 @@ def test_targets_that_are_not_ours(ema: EMA, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a folder"):
         (tmp_path / "d.safetensors").mkdir()
         ema.export(tmp_path / "d.safetensors")
+    with pytest.raises(ValueError, match=r"Name e for a folder, or e\.safetensors for one file"):
+        ema.export(tmp_path / "e.pt")
     with pytest.raises(ValueError, match="mode must be"):
         ema.save(tmp_path / "x", mode="fast")  # type: ignore[arg-type]
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "x"

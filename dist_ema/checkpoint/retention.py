@@ -25,6 +25,7 @@ __all__ = [
     "foreign",
     "refuse",
     "refuse_form",
+    "refuse_pickle",
     "remove_leftovers",
 ]
 
@@ -49,6 +50,15 @@ def refuse(path: Path, keep: int) -> None:
                 f"{latest} exists and names no {stem}NUMBER: it is not ours to replace. Save with "
                 "keep= into a folder of its own."
             )
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise ValueError for a name that would be that of a folder, and is that of a pickle."""
+    if path.suffix in safetensors.PICKLES and not path.is_dir():
+        raise ValueError(
+            f"{path} is named as a pickle, and safetensors are written. Name {path.stem} for a "
+            f"folder, or {path.stem}.safetensors for one file."
+        )
 
 
 def refuse_form(path: Path, one_file: bool, *, ships: bool) -> None:

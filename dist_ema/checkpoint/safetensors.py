@@ -32,6 +32,7 @@ __all__ = [
     "ADAPTER_CONFIG",
     "INDEX",
     "ITEMSIZE",
+    "PICKLES",
     "Entry",
     "SafetensorsFile",
     "find_model",
@@ -51,6 +52,7 @@ __all__ = [
 
 INDEX = "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of peft
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")  # as files of torch.save are called
 STEMS = ("model", "diffusion_pytorch_model")  # of transformers, and of diffusers
 MOST = 1 << 63  # below which torch counts elements and bytes
 MOST_DIMS = 64

@@ -36,6 +36,8 @@ def make(request: SaveRequest) -> Path:
 def _refuse_target(request: SaveRequest) -> None:
     """Raise ValueError where nothing can be written. Leftovers of dead writers are removed."""
     path = request.path
+    if request.verb == "export":
+        retention.refuse_pickle(path)
     if request.keep is not None:
         # Now, because `advance` runs when the save is already in place.
         retention.refuse(path, request.keep)

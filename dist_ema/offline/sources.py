@@ -25,7 +25,6 @@ from ..foreign import torch_dcp
 from ..schedules import Schedule, from_dict, from_text
 
 __all__ = [
-    "PICKLES",
     "WINDOW",
     "Safetensors",
     "Source",
@@ -44,7 +43,6 @@ __all__ = [
 WINDOW = 4 << 20  # bytes
 
 _OF_AVERAGE = re.compile(r"(^|\.)averages\.average_\d+\.weights\.")  # of EMA.state_dict
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".tar")
 
 
 def read_at(fd: int, path: Path | str, begin: int, end: int, into: Bytes | None = None) -> Bytes:
@@ -105,7 +103,7 @@ def find(path: str | Path) -> Path:
     path = locate(Path(path))
     if path.is_dir():
         names = sorted(file.name for file in path.iterdir())
-        pickles = [name for name in names if name.endswith(PICKLES)]
+        pickles = [name for name in names if name.endswith(safetensors.PICKLES)]
         has_model = torch_dcp.META in names or any(".safetensors" in name for name in names)
         if pickles and not has_model:
             raise ValueError(

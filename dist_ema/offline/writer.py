@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from .. import _version
 from ..checkpoint import atomic, disk, manifest, pointers, retention, safetensors
 from ..text import Tick, size_of
-from . import model_card, sources, sums
+from . import model_card, sums
 
 __all__ = ["lay_out", "refuse_place", "refuse_target", "write", "write_model"]
 
@@ -73,11 +73,7 @@ def refuse_target(path: Path, force: bool, temporary: Path | None = None) -> Non
     path = atomic.real(path)
     if path.is_symlink():
         raise ValueError(f"{path} is a link that leads to itself. Name another path.")
-    if path.suffix in sources.PICKLES and not path.is_dir():
-        raise ValueError(
-            f"{path} is named as a pickle, and safetensors are written. Name {path.stem} for a "
-            f"folder, or {path.stem}.safetensors for one file."
-        )
+    retention.refuse_pickle(path)
     if not path.exists():
         return
     if not force:
