@@ -253,7 +253,7 @@ class Bound:
         leased = before.keys() | leases.read_all(self.folder).keys()
         held = self._held.setdefault(max(found, default=0), set())
         held |= {path.name.rpartition(".")[0] for path in leased}
-        held.add(pointers.named(self.folder / versions.BEST) or "")
+        held.add(pointers.named(self.folder / pointers.BEST) or "")
         recent = set().union(*list(self._held.values())[-3:])
         older = list(found.values())[:-KEEP]
         self.excess = max(self.excess, sum(path.name not in recent for path in older) - 1)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dist_ema import EMA, follow, load_file
-from dist_ema.checkpoint import disk, leases, versions
+from dist_ema.checkpoint import disk, leases, location, pointers, versions
 from dist_ema.integrations.vllm import EMASource
 from dist_ema.offline.verify import verify
 from dist_ema.service.follow import open_version
@@ -258,10 +258,13 @@ def test_leases_keep_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     trainer.step()
     assert versions_in(folder) == [1, 2], "leased"
     assert open_version(folder / "version-000001") is None, "retired: no new readers"
-    (folder / versions.BEST).write_text("version-000002\n")
+    (folder / pointers.BEST).write_text("version-000002\n")
     trainer.step()
     assert versions_in(folder) == [1, 2, 3], "leased, the best, the newest"
-    (folder / versions.BEST).unlink()
+    for pointer, named in ((pointers.BEST, 2), (pointers.LATEST, 3)):
+        version = location.locate(folder / pointer).folder
+        assert version == str(folder / versions.name_of(named))
+    (folder / pointers.BEST).unlink()
     first.release()
     first.release()
     trainer.step()

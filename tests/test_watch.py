@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from dist_ema import EMA, load_file
-from dist_ema.checkpoint import leases, versions
+from dist_ema.checkpoint import leases, pointers, versions
 from dist_ema.cli import main
 from dist_ema.service import ledger, notify, watch
 from dist_ema.service.follow import Version, follow, open_version
@@ -75,7 +75,7 @@ def test_several_watchers_share_a_ledger(tmp_path: Path) -> None:
     assert [(each.version, each.step, each.state) for each in records] == [
         (number, number, ledger.DONE) for number in range(1, 9)
     ]
-    assert (folder / versions.BEST).read_text() == "version-000005\n"
+    assert (folder / pointers.BEST).read_text() == "version-000005\n"
     assert leases.read_all(folder) == {}
     again = ledger.Ledger(tmp_path / "ledger", "eval")
     watch.Watch(folder, work, again, timeout=0, poll=0.01).run()
@@ -159,7 +159,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [each["metrics"]["loss"] for each in records] == [4, 1, 0, 1]
     assert [each["attempts"] for each in records] == [1, 2, 1, 1]
-    assert (folder / versions.BEST).read_text() == "version-000003\n"
+    assert (folder / pointers.BEST).read_text() == "version-000003\n"
     publish(folder, 3, keep=1)
     assert list(versions.numbered(folder)) == [3, 7], "the best stays"
     assert main([*common, "--exec", "echo boom >&2; exit 3", "--retries", "0"]) == 1

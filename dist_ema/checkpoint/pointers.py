@@ -7,9 +7,10 @@ from pathlib import Path
 
 from . import atomic, disk
 
-__all__ = ["LATEST", "follow", "named", "point"]
+__all__ = ["BEST", "LATEST", "follow", "named", "point"]
 
 LATEST = "latest"
+BEST = "best"
 
 
 def point(path: Path, name: str = LATEST) -> None:
@@ -23,10 +24,12 @@ def follow(path: Path) -> Path:
     Raises:
         ValueError: The pointer names no folder beside it.
     """
-    # A folder may be called `latest` too.
-    if path.name != LATEST or not path.is_file():
+    # A folder may be called so too.
+    if path.name not in (LATEST, BEST) or not path.is_file():
         return path
     name = named(path)
+    if name is None and path.name == BEST:  # any file may be called so
+        return path
     if name is None or (path.parent / name).is_symlink():
         raise ValueError(
             f"{path} must name one folder beside it, as ema.save(keep=...) has it. Name the folder "
@@ -44,4 +47,4 @@ def named(pointer: Path) -> str | None:
     except UnicodeDecodeError:
         return None
     plain = name.isprintable() and name == os.path.basename(name) and not name.startswith(".")
-    return name if name and plain and name != LATEST else None
+    return name if name and plain and name not in (LATEST, BEST) else None

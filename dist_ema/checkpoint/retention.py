@@ -113,7 +113,7 @@ def advance(
     old = [folder for folder in folders if _is_save(folder, leases is not None)][keep - 1 :]
     if leases is not None:
         # The best version stays, however old it is.
-        best = pointers.named(path.parent / versions.BEST)
+        best = pointers.named(path.parent / pointers.BEST)
         old = [folder for folder in old if folder.name != best]
         try:
             stays = leases.retire([folder.name for folder in old])

@@ -19,7 +19,6 @@ from typing import Any
 from . import manifest, pointers
 
 __all__ = [
-    "BEST",
     "KEY",
     "STOP",
     "facts_of",
@@ -30,7 +29,6 @@ __all__ = [
     "refuse_model",
 ]
 
-BEST = "best"
 STOP = "stop"
 KEY = "publish"  # in the extra of ema.json
 _NAME = re.compile(r"version-([0-9]{6,})")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..checkpoint import disk, pointers, versions
+from ..checkpoint import disk, pointers
 from .follow import Version
 
 __all__ = [
@@ -208,7 +208,7 @@ class Ledger:
             best = best_of(records, self._metric, self._sign)
             # NOTE: inside the transaction, which keeps other watchers out.
             if best is not None and best.id == key:
-                pointers.point(version.path, versions.BEST)
+                pointers.point(version.path, pointers.BEST)
             return next(record for record in records if record.id == key)
 
 

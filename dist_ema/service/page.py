@@ -56,7 +56,7 @@ def build(folder: Path, metrics: Path | None = None, ledger: Path | None = None)
     published = dict(_read_versions(folder))
     records = read_records(ledger or folder / NAME)
     rows = _read_rows(metrics or folder.parent / "metrics.jsonl")
-    latest, best = (pointers.named(folder / name) for name in (pointers.LATEST, versions.BEST))
+    latest, best = (pointers.named(folder / name) for name in (pointers.LATEST, pointers.BEST))
     parts = [
         f"<h1>{_escape(str(folder))}</h1>",
         f"<p>{_summary(folder, published, latest, best)}</p>",
