@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -740,7 +741,7 @@ def two_attempts() -> None:
 
 def two_threads() -> None:
     """A verb beside another one is refused: the ranks would take one for the other."""
-    ema, errors = EMA(wrap("ddp", Net()), 0.5, timeout=5.0), list[str]()
+    ema, errors = EMA(wrap("ddp", Net()), 0.5, timeout=np.float32(5)), list[str]()
 
     def gather() -> None:
         try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -317,6 +318,8 @@ def test_arguments() -> None:
         ({"decay": "0.99"}, "a float or a schedule .* got '0.99'"),
         ({"timeout": -3}, "timeout must be a positive number of seconds, got -3"),
         ({"timeout": "1"}, "timeout must be a positive number of seconds, got '1'"),
+        ({"timeout": True}, "timeout must be a positive number of seconds, got True"),
+        ({"timeout": 1e10}, "timeout must be a positive number of seconds, got 10000000000.0"),
         ({"dtype": torch.float16}, "dtype must be"),
         ({"buffers": "keep"}, "buffers must be"),
         ({"device": "meta"}, "device must be None or a device that is here, .* got 'meta'"),
@@ -327,6 +330,7 @@ def test_arguments() -> None:
     with pytest.raises(ValueError, match="timeout must be"):
         ema.timeout = 0
     assert ema.timeout == 300
+    assert EMA(nn.Linear(2, 2), timeout=np.float32(3)).timeout == 3
 
 
 # --- stale records --------------------------------------------------------------------------------

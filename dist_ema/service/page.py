@@ -97,7 +97,7 @@ def serve(port: int, folder: Path, metrics: Path | None, ledger: Path | None) ->
         def log_message(self, *_: Any) -> None:
             pass
 
-    # This machine alone: nobody is asked for a password.
+    # This machine alone, because no password is asked for.
     with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server, suppress(KeyboardInterrupt):
         print(f"http://127.0.0.1:{server.server_address[1]}", flush=True)
         server.serve_forever()
@@ -193,10 +193,10 @@ def _record_rows(records: Sequence[Record], best: str | None) -> tuple[list[str]
 
 
 def _lease_rows(folder: Path) -> list[Row]:
-    facts = ("host", "pid", "expiry")
+    keys = ("host", "pid", "expiry")
     return [
-        (False, [path.name.rpartition(".")[0], *map(leases.lease_facts(held).get, facts)])
-        for path, held in leases.read_all(folder).items()
+        (False, [path.name.rpartition(".")[0], *map(leases.lease_facts(content).get, keys)])
+        for path, content in leases.read_all(folder).items()
     ]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch.distributed as dist
@@ -24,9 +25,12 @@ __all__ = ["VerbEntry", "Which"]
 Which = int | str | Schedule
 
 
-def _refuse_timeout(seconds: float) -> None:
-    if not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+def _checked_timeout(seconds: float) -> float:
+    # numpy's numbers too. No thread waits longer than TIMEOUT_MAX, some 290 years.
+    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+    if not is_number or not 0 < seconds <= threading.TIMEOUT_MAX:
         raise ValueError(f"timeout must be a positive number of seconds, got {seconds!r}.")
+    return float(seconds)
 
 
 class VerbEntry:
@@ -51,7 +55,7 @@ class VerbEntry:
     """
 
     def __init__(self, weights: AveragedWeights, arguments: dict[str, Any], timeout: float) -> None:
-        _refuse_timeout(timeout)
+        timeout = _checked_timeout(timeout)
         model_shards = weights.find(timeout)
         self.weights, self.stage = weights, model_shards.members
         self.attachment: Attachment | None = None
@@ -144,7 +148,7 @@ class VerbEntry:
 
     def set_timeout(self, seconds: float) -> None:
         """Set the timeout of all verbs from now on."""
-        _refuse_timeout(seconds)
+        seconds = _checked_timeout(seconds)
         for ranks in filter(None, (self.ranks, self._everyone)):
             ranks.timeout = seconds
 
