@@ -397,6 +397,8 @@ averaging/teacher.py
     _refuse_unlike    is one weight in the model  @into::test_unlike_teachers_are_refused
 averaging/updates.py
     refuse_capture    raise RuntimeError  @emulated/test_waits::test_capture_is_refused
+averaging/window_ring.py
+    _new              raise OSError  @window::test_a_full_disk_under_the_ring_is_an_error
 sharding/memory_watch_numba.py
     compile_loop      raise ImportError  @memory_watch::test_the_loop_is_switched_off
 sharding/consistency.py

@@ -277,7 +277,7 @@ def test_bad_arguments_name_themselves() -> None:
         ((optimizer,), {"start": -1}, "start 0 or more"),
         ((optimizer,), {"every": 2.5}, "every must be a whole number of steps, got 2.5"),
         ((optimizer,), {"elapsed": 0}, "elapsed must be positive and finite, got 0"),
-        ((optimizer,), {"elapsed": None}, "elapsed must be positive and finite"),
+        ((optimizer,), {"elapsed": None}, "elapsed must be positive and finite, got None"),
         ((optimizer,), {"overlap": None}, "overlap must be True, False or a share"),
         ((optimizer,), {"overlap": 1.5}, "overlap must be True, False or a share"),
         ((ema,), {}, "cannot hook EMA: it takes torch optimizers"),
