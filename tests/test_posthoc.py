@@ -632,6 +632,23 @@ def test_eleven_averages(tmp_path: Path) -> None:
         assert torch.allclose(weight, ema.gather(i)["weight"])
 
 
+def test_equal_profiles_share(tmp_path: Path) -> None:
+    """Two saves of one moment, without a third: what tells them apart is rounding noise."""
+    profile = Profile(Power(sigma_rel=0.05), 100, 100)
+    fit = coefficients([profile, profile], Power(sigma_rel=0.055))
+    assert fit.weights == pytest.approx((0.5, 0.5))
+    alone = coefficients([profile], Power(sigma_rel=0.055))
+    assert fit.residual == pytest.approx(alone.residual)
+    ema = EMA(nn.Linear(3, 3), Power(sigma_rel=0.05))
+    for _ in range(100):
+        ema.update()
+    for name in "ab":
+        ema.save(tmp_path / name)
+    snapshots.reconstruct([tmp_path / "a", tmp_path / "b"], tmp_path / "out", sigma_rel=0.055)
+    mixed, saved = load_file(tmp_path / "out"), load_file(tmp_path / "a")
+    torch.testing.assert_close(mixed, saved)
+
+
 def test_what_python_gives(run: Any, tmp_path: Path) -> None:
     """A dtype of torch, a number as the target, snapshots from a generator; no other dtype."""
     out, folders = tmp_path / "out", sorted(run[0].iterdir())

@@ -34,7 +34,7 @@ Array: TypeAlias = "NDArray[np.float64]"
 
 MOST_CELLS = 1 << 16
 MOST_AT_ONCE = 4096  # cells at a time
-CUT = 1e-11  # singular values below this share of the largest are rounding noise
+CUT = 1e-11  # singular values below this share of the columns' largest are rounding noise
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,11 @@ class Mixer:
         scaled, sums = stored / lengths, 1 / lengths
         first = sums / (sums @ sums)
         free = np.linalg.qr(sums[:, None], mode="complete")[0][:, 1:]
-        steps = np.linalg.lstsq(scaled @ free, wanted - scaled @ first, rcond=CUT)[0]
+        # Of the columns themselves: what is left of equal ones by `free` is noise alone.
+        noise = CUT * np.linalg.norm(scaled, 2)
+        left, values, right = np.linalg.svd(scaled @ free, full_matrices=False)
+        inverse = np.where(values > noise, 1 / np.maximum(values, noise), 0.0)
+        steps = right.T @ (inverse * (left.T @ (wanted - scaled @ first)))
         weights = (first + free @ steps) / lengths
         missed = np.linalg.norm(stored @ weights - wanted) / np.linalg.norm(wanted)
         all_weights = np.zeros(self._count)
