@@ -274,10 +274,11 @@ def test_not_one_run() -> None:
             coefficients([*stored(count=2), *odd], TWO[0])
     with pytest.raises(ValueError, match="without a single update"):
         coefficients([Profile(TWO[0], 0, 0)], TWO[0])
-    with pytest.raises(ValueError, match="must count up from 0"):
-        Profile(TWO[0], 5, 0)
-    with pytest.raises(ValueError, match="must count up from 0"):
-        Profile(TWO[0], -5, 5)
+    for now, updates in ((5, 0), (-5, 5), (float("nan"), 5), (float("inf"), 5)):
+        with pytest.raises(ValueError, match="must count up from 0"):
+            Profile(TWO[0], now, updates)
+    with pytest.raises(ValueError, match="decay must be a float or a schedule"):
+        coefficients(stored(count=2), "0.9")  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match="Use HalfLife"
     ):  # a schedule that cannot be used: half steps

@@ -17,6 +17,7 @@ fit, not a correction after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -26,7 +27,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..schedules import Power, Schedule, Window
+from ..schedules import Power, Schedule, Window, schedule
 
 __all__ = ["MOST_CELLS", "Fit", "Mixer", "Profile", "Timeline", "coefficients"]
 
@@ -47,8 +48,8 @@ class Profile:
     before: float = 0.0  # units of training before
 
     def __post_init__(self) -> None:
-        lowest = min(self.updates, self.now, self.before)
-        if lowest < 0 or (self.updates == 0) != (self.now == 0):
+        counts = all(0 <= count < math.inf for count in (self.updates, self.now, self.before))
+        if not counts or (self.updates == 0) != (self.now == 0):
             raise ValueError(f"a profile's clock must count up from 0, got {self}.")
 
 
@@ -183,7 +184,7 @@ def coefficients(profiles: Sequence[Profile], target: Schedule, at: float | None
     Note:
         *Cost*: a few MB, however long the run.
     """
-    return Mixer(profiles, at).fit(target)
+    return Mixer(profiles, at).fit(schedule(target))
 
 
 class Mixer:
