@@ -107,6 +107,30 @@ def test_fit_test_predict(tmp_path: Path) -> None:
         assert method.__func__ is own, "nothing wraps the strategy after the fit"
 
 
+def test_a_second_fit_goes_on(tmp_path: Path) -> None:
+    """Of the same trainer: with nothing left to train the average stays, with more epochs it goes
+    on. Another trainer begins another average.
+    """
+    callback, net = EMACallback(decay=0.5), Net()
+    made = trainer(tmp_path, callback)
+    made.fit(net, data(), data())
+    assert callback.ema is not None
+    average = callback.ema.gather()["w"]
+    made.fit(net, data(), data())
+    assert torch.equal(callback.ema.gather()["w"], average)
+    assert callback.ema.now == 12
+    made.fit_loop.max_epochs = 4
+    weights = [net.w.detach().clone()]
+    net.on_train_batch_end = lambda *_: weights.append(net.w.detach().clone())  # type: ignore[method-assign]
+    made.fit(net, data(), data())
+    for live in weights[1:]:
+        average = torch.lerp(average, live, 0.5)
+    assert len(weights) == 5
+    assert torch.equal(callback.ema.gather()["w"], average)
+    trainer(tmp_path / "other", callback).fit(net, data(), data())
+    assert callback.ema.now == 12
+
+
 def test_refuses(tmp_path: Path) -> None:
     """A test without any average, a resume from a checkpoint without one, one elsewhere, a save
     under the average.

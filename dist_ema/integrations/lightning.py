@@ -89,7 +89,8 @@ class EMACallback(Callback):  # type: ignore[misc]
         """Weights are wrapped and restored, optimizers exist, and no step was taken."""
         if self._fit is not None:
             return
-        model = trainer.strategy.model
+        model, before = trainer.strategy.model, self._after_fit
+        goes_on = before is not None and trainer.global_step and self._averages(model)
         ema = self._ema = EMA(model, **self._ema_options)
         self._after_fit = None
         # A DeepSpeed engine steps its optimizers itself.
@@ -97,6 +98,8 @@ class EMACallback(Callback):  # type: ignore[misc]
         ema.attach(*steps, every=self._every, start=self._start)
         if trainer.ckpt_path is not None and not _is_of_a_finder(trainer):
             ema.load(existing(_path_of(trainer.ckpt_path), trainer.ckpt_path))
+        elif before is not None and goes_on:  # a second fit of this trainer: more epochs, or none
+            ema.load_state_dict(before[1])
         # Undone in reverse, whether the fit ends or raises.
         strategy, self._fit = trainer.strategy, ExitStack()
         self._fit.callback(ema.detach)
@@ -186,16 +189,19 @@ class EMACallback(Callback):  # type: ignore[misc]
         if trainer.ckpt_path is not None:
             self._ema, self._after_fit = EMA(model, **self._ema_options), None
             self._ema.load(existing(_path_of(trainer.ckpt_path), trainer.ckpt_path))
-        elif self.ema is None or {*map(id, self.ema.model.parameters())} != {
-            *map(id, model.parameters())
-        }:
+        elif not self._averages(model):
             raise RuntimeError(
                 f"EMACallback has no average of this {type(trainer.lightning_module).__name__}: "
                 "fit it first with the same callback, or pass ckpt_path=."
             )
-        assert self._ema is not None
+        assert self.ema is not None
         # DDP's strategy writes the weights before a test, which must not look like training.
-        self._ema.weights.forget_mark()
+        self.ema.weights.forget_mark()
+
+    def _averages(self, model: nn.Module) -> bool:
+        """Whether the average is one of these very weights."""
+        own = () if self._ema is None else self._ema.model.parameters()
+        return {*map(id, own)} == {*map(id, model.parameters())}
 
 
 def _save(
