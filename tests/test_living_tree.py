@@ -443,6 +443,7 @@ def test_a_state_dict_of_the_model_s_own_stops_no_verb(state: Any, tmp_path: Pat
         with pytest.warns(UserWarning, match="encoder") if state else nullcontext():
             verb(tmp_path / verb.__name__)
     assert set(ema.gather()) == set(load_file(tmp_path / "save")) == {"weight", "bias"}
+    EMA(nn.Sequential(Own(2, 2)), 0.5).save(tmp_path / "inside")  # where torch itself fails
 
 
 def test_extra_state_is_named(tmp_path: Path) -> None:
@@ -569,3 +570,36 @@ def test_a_parameter_that_is_a_buffer_too() -> None:
     ema.rescan()
     average = ema.gather()
     assert (average["w"].tolist(), average["b"].tolist()) == ([1.0] * 3, [5.0] * 3)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("inner", ["0", "1"])
+def test_a_parameter_that_another_module_has_as_a_buffer(
+    inner: str, persistent: bool, tmp_path: Path
+) -> None:
+    """Before or after it in the tree, in files or not: it was a buffer where that came first."""
+    model: Any = nn.Sequential(nn.Module(), nn.Module())
+    model.get_submodule(inner).w = w = nn.Parameter(torch.zeros(3))
+    other = model[1 - int(inner)]
+    other.register_buffer("b", w, persistent=persistent)
+    ema = EMA(model, 0.5)
+    w.data.add_(2)
+    ema.update()
+    assert ema.names() == [f"{inner}.w"]
+    with ema.swap():
+        assert w.tolist() == [1.0] * 3
+    assert w.tolist() == [2.0] * 3
+    ema.export(tmp_path)
+    for average in (ema.gather(), load_file(tmp_path)):
+        model.load_state_dict(average, strict=True)
+        assert w.tolist() == [1.0] * 3
+        w.data.fill_(2)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_buffer_under_two_names_of_which_files_have_one(first: bool) -> None:
+    model = nn.Linear(1, 1)
+    values = torch.ones(3)
+    model.register_buffer("a", values, persistent=first)
+    model.register_buffer("b", values, persistent=not first)
+    model.load_state_dict(EMA(model, 0.5).gather(), strict=True)

@@ -178,7 +178,7 @@ class Inventory:
         if narrow:
             raise ValueError(
                 f"{', '.join(narrow)}: float8 cannot be averaged. Freeze them, or leave them out "
-                "with only=."
+                "with only= (buffers with buffers=)."
             )
 
     def reallocate(self, dtype: torch.dtype, device: torch.device | None) -> None:

@@ -82,7 +82,10 @@ def _describe(
     for prefix, module, ddp in walk:
         for name, tensor, flat in fsdp1.registered_parameters(module, flats):
             key, full = fsdp1.identity(tensor, flat), prefix + name
-            if full in names and (key not in shards or shards[key].kind == "buffer"):
+            # What an earlier module registers as a buffer may be this Parameter.
+            is_buffer = key in shards and shards[key].kind == "buffer"
+            earlier = shards.pop(key) if is_buffer else None
+            if full in names and key not in shards:
                 raise ValueError(
                     f"{full} stands on two stages of this rank, which hold different tensors. Give "
                     "both the same Parameter."
@@ -94,6 +97,10 @@ def _describe(
             else:
                 around = ddp if ddp and full not in ddp.parameters_to_ignore else None
                 shards[key] = _plain(full, tensor, (module, name), around)
+            if earlier is not None and earlier.persistent:
+                shards[key].aliases += earlier.names
+            elif earlier is not None:
+                shards[id(earlier.place[0]), earlier.place[1]] = earlier
             names.add(full)
         for name, buffer in module._buffers.items():
             full, place = prefix + name, (module, name)
@@ -102,10 +109,13 @@ def _describe(
             if (buffer is None and is_persistent) or full in names:
                 continue
             names.add(full)
-            key = id(buffer) if buffer is not None else (id(module), name)  # a cache to be filled
-            if key in shards:
+            key = id(buffer)
+            if key in shards and shards[key].persistent == is_persistent:
                 shards[key].aliases.append(full)
             else:
+                # A cache to be filled, and a name that the state_dict has, tied to one that it has
+                # not, are buffers of their own.
+                key = (id(module), name) if buffer is None or key in shards else key
                 # NOTE: never split by rank. BatchNorm's differ between DDP ranks even after
                 # broadcast_buffers=True.
                 shards[key] = _plain(full, records.registered_buffer(place), place, None)

@@ -8,6 +8,7 @@ must find them in `parameters()`, calls `reshard` first, and `swap` calls it at 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +78,12 @@ def unexplained_keys(model: nn.Module, recorded: Mapping[str, Tensor]) -> list[s
 
 def _state_dict(module: nn.Module) -> Mapping[str, Any]:
     """What the module's own method gives, which may take no arguments, or give something else."""
-    try:
-        state: Any = module.state_dict(keep_vars=True)
-    except TypeError:
-        state = module.state_dict()
-    return state if isinstance(state, Mapping) else {}
+    own: Any = module.state_dict
+    for arguments in ({"keep_vars": True}, {}):
+        with suppress(TypeError):
+            state = own(**arguments)
+            return state if isinstance(state, Mapping) else {}
+    return {}
 
 
 def _same_values(value: Any, own: Tensor) -> bool:
