@@ -405,6 +405,15 @@ def test_a_version_has_a_config(tmp_path: Path) -> None:
         assert json.loads((version.path / "config.json").read_text()) == {"of": owner}
     given = tmp_path / "base" / "config.json"
     assert given.samefile(version.path / "config.json"), "a link, where the disk has them"
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").symlink_to("../base/config.json")  # as a hub's cache does
+    ema = EMA(nn.Linear(2, 2))
+    handle = ema.publish(tmp_path / "deep" / "er", every=1, beside=tmp_path / "hub")
+    ema.update()
+    handle.remove()
+    (version,) = follow(tmp_path / "deep" / "er", timeout=0)
+    assert given.samefile(version.path / "config.json")
+    assert not (version.path / "config.json").is_symlink()
 
 
 class Settings:

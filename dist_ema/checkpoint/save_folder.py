@@ -122,7 +122,8 @@ def _seal(request: SaveRequest, folder: Path, sums: dict[str, int]) -> None:
         stale |= {safetensors.ADAPTER, safetensors.ADAPTER_CONFIG}  # loaders would add it again
         retention.carry_over(request.path, folder, stale)
     for name in published["beside"]:
-        disk.link_or_copy(f"{request.beside}/{name}", folder / name)
+        # A hub's cache holds relative links, which lead nowhere from here.
+        disk.link_or_copy(os.path.realpath(f"{request.beside}/{name}"), folder / name)
     # Children first, so that a folder on disk names only what is on disk.
     for inner in sorted({path.parent for path in folder.rglob("*")}, reverse=True):
         disk.sync(inner)
