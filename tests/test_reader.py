@@ -594,6 +594,12 @@ def test_load_file(tmp_path: Path) -> None:
     theirs.load_state_dict(want)
     save_model(theirs, str(tmp_path / "theirs.safetensors"))
     os.symlink(tmp_path / "a", tmp_path / "link")
+    for name in ("one.safetensors", *(path.name for path in (tmp_path / "a").glob("model*"))):
+        # A hub's cache: links to files whose names tell nothing.
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        blob = tmp_path / f"blob-{name.replace('.', '-')}"
+        shutil.copy(tmp_path / ("" if name == "one.safetensors" else "a") / name, blob)
+        os.symlink(f"../{blob.name}", tmp_path / "hub" / name)
     for name in (
         "a",
         "a/model.safetensors.index.json",
@@ -602,6 +608,8 @@ def test_load_file(tmp_path: Path) -> None:
         "one.safetensors",
         "theirs.safetensors",
         "link",
+        "hub/one.safetensors",
+        "hub/model.safetensors.index.json",
     ):
         found = load_file(tmp_path / name)
         if "index" not in name:  # the aliases are in ema.json

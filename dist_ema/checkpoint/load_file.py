@@ -31,7 +31,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Note:
         *Aliases*: the tensors are pages of the file, copied when they are written to.
     """
-    return atomic.read_one_version(pointers.follow(atomic.real(path)), _map_files)
+    return atomic.read_one_version(pointers.resolve(path), _map_files)
 
 
 def _map_files(path: Path) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ def locate(path: Path, read_headers: bool = True) -> Location:
     Raises:
         ValueError: It is no model, or an ema.json is not sound.
     """
-    path = atomic.whole(pointers.follow(atomic.real(path)))
+    path = atomic.whole(pointers.resolve(path))
     if not path.exists():
         raise ValueError(
             f"{path} does not exist: there is no folder and no file to read an average from."

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import atomic, disk
 
-__all__ = ["BEST", "LATEST", "follow", "named", "point"]
+__all__ = ["BEST", "LATEST", "follow", "named", "point", "resolve"]
 
 LATEST = "latest"
 BEST = "best"
@@ -16,6 +16,18 @@ BEST = "best"
 def point(path: Path, name: str = LATEST) -> None:
     """Have the pointer with that name beside `path` name it."""
     atomic.replace_file(path.parent / name, f"{path.name}\n".encode())
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """What a reader opens for a path: links are followed, and pointers.
+
+    A linked file keeps its name, which tells what it holds: a hub's cache links to files without a
+    suffix.
+    """
+    path = Path(path)
+    if path.suffix in (".safetensors", ".json") and path.is_file():
+        return atomic.real(path.parent) / path.name
+    return follow(atomic.real(path))
 
 
 def follow(path: Path) -> Path:

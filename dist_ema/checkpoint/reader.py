@@ -242,7 +242,7 @@ def _open_one_version(
     opened: list[OpenCheckpoint] = []
 
     def find_model() -> list[Any]:
-        places.append(atomic.read_one_version(pointers.follow(atomic.real(path)), location.locate))
+        places.append(atomic.read_one_version(pointers.resolve(path), location.locate))
         return [digest(places[0]), _version(places[0])]
 
     def work() -> dict[str, Any]:
