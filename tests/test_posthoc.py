@@ -502,18 +502,21 @@ def test_due(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("elapsed", "names"),
+    ("elapsed", "every", "names"),
     [
-        (0.25, ["0000000000.5", "0000000001", "0000000001.5", "0000000002"]),
-        (4e9, ["8000000000", "16000000000", "24000000000", "32000000000"]),
+        (0.25, 0.5, ["0000000000.5", "0000000001", "0000000001.5", "0000000002"]),
+        (0.1, 1, ["0000000001", "0000000002"]),
+        (4e9, 8e9, [f"{8 * k}000000000" for k in range(1, 11)]),
     ],
 )
-def test_clocks_of_epochs_and_of_tokens(elapsed: float, names: list[str], tmp_path: Path) -> None:
+def test_clocks_of_epochs_and_of_tokens(
+    elapsed: float, every: float, names: list[str], tmp_path: Path
+) -> None:
     """Every snapshot has a name, and more digits are no earlier clock."""
     ema = EMA(nn.Linear(2, 2), TWO)
-    for _ in range(8):
+    for _ in range(8 if elapsed == 0.25 else 20):
         ema.update(elapsed)
-        ema.snapshot(tmp_path, every=2 * elapsed)
+        ema.snapshot(tmp_path, every=every)
     assert [
         path.name for path in sorted(tmp_path.iterdir(), key=lambda at: float(at.name))
     ] == names

@@ -49,7 +49,8 @@ class Saving:
         # The first look is that of the update before.
         before = self._last_looks.get((verb, str(folder)), now - (last[1] if last else 0.0))
         self._last_looks[verb, str(folder)] = now
-        return now // every > before // every
+        # Ten times 0.1 is less than 1, in floating point.
+        return math.floor(now / every + 1e-9) > math.floor(before / every + 1e-9)
 
     # --- what to write ----------------------------------------------------------------------------
 
