@@ -317,6 +317,20 @@ def rank(kind: str, folder: str) -> dict[str, Tensor]:
     return ema.gather()
 
 
+def test_a_block_that_begins_with_skipped_steps() -> None:
+    """It takes nothing of the block before, whose mean lies in the shadow until one is accepted."""
+    ema = EMA(line(), Window(LENGTH, blocks=BLOCKS), dtype=torch.float64)
+    first = torch.stack(walk(ema, 3, 0)).mean(0)
+    weight, past = next(ema.model.parameters()), []
+    for skipped in (1.0, 0.0, 0.0):
+        with torch.no_grad():
+            weight.add_(1 - skipped)
+        ema.weights.move(1.0, skip=torch.tensor(skipped))
+        past.append(weight.detach().clone())
+    block = torch.lerp(past[1], past[2], 1 / 3)
+    torch.testing.assert_close(ema.gather()["w"], (first + block) / 2)
+
+
 def test_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A save over the folder while it is opened: the blocks are those of the version that is read.
 

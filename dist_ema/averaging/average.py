@@ -33,7 +33,7 @@ class SkippedSteps:
     """The weight of an update whose step the device may have skipped; the host never waits.
 
     A skipped step has weight 0. Until one update was accepted, schedules whose first move copies
-    go on copying.
+    go on copying, and so does each block of a window.
 
     Args:
         accepted: An earlier run has accepted an update.
@@ -41,6 +41,7 @@ class SkippedSteps:
 
     def __init__(self, accepted: bool = False) -> None:
         self._accepted = accepted  # some update was accepted for sure
+        self._before: tuple[int, float | Tensor] = 0, 0.0  # tried and skipped before this block
         self._tried = 0  # updates that the device was free to skip
         self._skipped: Tensor | None = None  # how many of them it skipped, float32 []
         self._known = 0  # the last count that reached the host
@@ -60,7 +61,9 @@ class SkippedSteps:
             if self._skipped is not None:
                 # NOTE: where() of two numbers rounds them to the default dtype, perhaps bfloat16.
                 ones = torch.ones_like(self._skipped)
-                move = torch.where(self._skipped >= self._tried, ones, ones * weight)
+                tried, skipped_before = self._before
+                none = self._skipped - skipped_before >= self._tried - tried
+                move = torch.where(none, ones, ones * weight)
         if skip is None:
             self._accepted = True
             return move
@@ -70,6 +73,11 @@ class SkippedSteps:
         self._skipped = skipped.clone() if self._skipped is None else self._skipped + skipped
         self._tried += 1
         return move * (1 - skipped)
+
+    def begin_block(self) -> None:
+        """The next update that is accepted copies, as the first one of a run does."""
+        self._accepted = False
+        self._before = self._tried, 0.0 if self._skipped is None else self._skipped
 
     def count(self) -> int:
         """Updates skipped so far. Waits for the device."""
@@ -112,6 +120,12 @@ class Average:
     def mover(self) -> Schedule:
         """The schedule by which the shadows move: of a window the mean of its block under way."""
         return self.schedule if self.ring is None else self.ring.mean
+
+    def end_block(self, now: float) -> None:
+        """Put the block of a window into its ring; the next update begins another one."""
+        assert self.ring is not None
+        self.ring.push(self.averaged, now)
+        self.skipped_steps.begin_block()
 
     def used(self, which: int | str | Schedule, now: float) -> Average:
         """The average as verbs use it: a window is mixed from its ring. Settle before."""

@@ -308,7 +308,7 @@ class AveragedWeights:
         for average in self.averages:
             if average.ring is not None and average.ring.is_full(now, elapsed):
                 self.settle()  # the block is copied to the host, so no update may be in flight
-                average.ring.push(average.averaged, now)
+                average.end_block(now)
 
     def updated(self) -> None:
         """Tell the listener that an update was submitted and the clock has moved."""
