@@ -287,9 +287,7 @@ class AveragedWeights:
         if number < 2 or self._watch.changed():
             self.inventory.refuse_unfrozen()
             self.follow(tree=self._watch.sees_tree)
-        # Asked before, as an update that is refused must end no block.
-        self.clock.decays([once or average.schedule for average in self.averages], elapsed)
-        self._keep_full_blocks(elapsed)
+        self._keep_full_blocks(elapsed, once)
         decays = self.clock.move([once or average.mover for average in self.averages], elapsed)
         weights = []
         for average, decay in zip(self.averages, decays, strict=True):
@@ -302,13 +300,15 @@ class AveragedWeights:
         if self.updates.engine.deferred:
             self._watch.begin_read()
 
-    def _keep_full_blocks(self, elapsed: float) -> None:
+    def _keep_full_blocks(self, elapsed: float, once: Schedule | None) -> None:
         """The next update begins another block of a window: the last one goes into the ring."""
-        now = self.clock.now
+        if any(average.ring for average in self.averages):
+            # Asked before, as an update that is refused must end no block.
+            self.clock.decays([once or average.schedule for average in self.averages], elapsed)
         for average in self.averages:
-            if average.ring is not None and average.ring.is_full(now, elapsed):
+            if average.ring and average.ring.is_full(self.clock.now, elapsed):
                 self.settle()  # the block is copied to the host, so no update may be in flight
-                average.end_block(now)
+                average.end_block(self.clock.now)
 
     def updated(self) -> None:
         """Tell the listener that an update was submitted and the clock has moved."""
