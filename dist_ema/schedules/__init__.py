@@ -29,6 +29,7 @@ from .decays import (
     Uniform,
     Warmup,
     gamma_of,
+    plain_number,
 )
 from .parsing import from_dict, from_text, schedule, schedule_list
 from .window import CURVES, BlockMean, Window
@@ -50,6 +51,7 @@ __all__ = [
     "from_dict",
     "from_text",
     "gamma_of",
+    "plain_number",
     "schedule",
     "schedule_list",
 ]

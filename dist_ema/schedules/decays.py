@@ -26,6 +26,7 @@ __all__ = [
     "Uniform",
     "Warmup",
     "gamma_of",
+    "plain_number",
     "take_number",
 ]
 
@@ -88,12 +89,18 @@ class Ranged(Schedule):
                 raise ValueError(f"{name} must be positive, got {value}.")
 
 
+def plain_number(value: Any) -> float | None:
+    """A number, numpy's too, as an int or float, because files hold it; None for what is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):  # True would be 1
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 def take_number(schedule: Schedule, name: str) -> float:
     """Make an argument an int or float, because files hold it. Raises ValueError for another."""
-    value = getattr(schedule, name)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number, got {value!r}.")
-    number = int(value) if isinstance(value, Integral) else float(value)
+    number = plain_number(getattr(schedule, name))
+    if number is None:
+        raise ValueError(f"{name} must be a number, got {getattr(schedule, name)!r}.")
     object.__setattr__(schedule, name, number)  # it is frozen
     return number
 

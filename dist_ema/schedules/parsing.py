@@ -5,10 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from inspect import isabstract
-from numbers import Real
 from typing import Any
 
-from .decays import SUBCLASSES, Constant, Schedule
+from .decays import SUBCLASSES, Constant, Schedule, plain_number
 from .window import BlockMean, Window
 
 __all__ = ["from_dict", "from_text", "schedule", "schedule_list"]
@@ -18,12 +17,12 @@ def schedule(decay: float | Schedule) -> Schedule:
     """The schedule that a user's `decay` means; a float is `Constant`. Else raises ValueError."""
     if isinstance(decay, Schedule):
         return decay
-    # A bool is an int, and True would be a decay of 1.
-    if isinstance(decay, bool) or not isinstance(decay, Real):
+    number = plain_number(decay)
+    if number is None:
         raise ValueError(
             f"decay must be a float or a schedule (dist_ema.HalfLife(...)), got {decay!r}."
         )
-    return Constant(float(decay))
+    return Constant(float(number))
 
 
 def schedule_list(decay: float | Schedule | Sequence[float | Schedule]) -> list[Schedule]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from ..averaging.optimizer_hooks import Attachment
 from ..averaging.swap_registry import Reads
 from ..checkpoint import stages
 from ..distributed.ranks import Ranks
-from ..schedules import Schedule
+from ..schedules import Schedule, plain_number
 from ..sharding import consistency, parameters, records, torch_internals
 from ..text import warn
 
@@ -26,11 +26,11 @@ Which = int | str | Schedule
 
 
 def _checked_timeout(seconds: float) -> float:
-    # numpy's numbers too. No thread waits longer than TIMEOUT_MAX, some 290 years.
-    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
-    if not is_number or not 0 < seconds <= threading.TIMEOUT_MAX:
+    number = plain_number(seconds)
+    # No thread waits longer than TIMEOUT_MAX, some 290 years.
+    if number is None or not 0 < number <= threading.TIMEOUT_MAX:
         raise ValueError(f"timeout must be a positive number of seconds, got {seconds!r}.")
-    return float(seconds)
+    return float(number)
 
 
 class VerbEntry:

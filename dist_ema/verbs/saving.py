@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..averaging.swap_registry import Reads
 from ..checkpoint import atomic, library_files, manifest, stages, writer
 from ..checkpoint.request import AverageFiles, SaveRequest
 from ..distributed.ranks import Ranks
+from ..schedules import plain_number
 from ..sharding import consistency
 from ..sharding.ownership import ParamState
 from ..text import warn
@@ -25,9 +25,10 @@ __all__ = ["Saving", "interval"]
 
 def interval(every: float) -> float:
     """Units between two files, an int or float, as ema.json holds it. Else raises ValueError."""
-    if isinstance(every, bool) or not isinstance(every, Real) or not 0 < every < math.inf:
+    number = plain_number(every)
+    if number is None or not 0 < number < math.inf:
         raise ValueError(f"every must be positive and finite, got {every!r}.")
-    return int(every) if isinstance(every, Integral) else float(every)
+    return number
 
 
 class Saving:
