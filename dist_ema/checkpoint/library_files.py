@@ -149,14 +149,7 @@ def merged(
     Note:
         *Cost*: a copy of the weights that adapters sit on.
     """
-    peft_model = _inner(model)
-    if not _is_peft_model(peft_model):
-        raise ValueError(f"merged=True needs a PeftModel, got {type(peft_model).__name__}.")
-    if not hasattr(peft_model.base_model, "merge_adapter"):
-        raise ValueError(
-            f"merged=True: {peft_model.active_peft_config.peft_type.value} adds no weights to "
-            "others, so there is nothing to merge. Export it without."
-        )
+    peft_model = _mergeable(model)
     state_names = [name for state in states for name in state.shard.names]
     names = _merged_names(peft_model, state_names)
     cut = [
@@ -190,6 +183,19 @@ def merged(
         finally:
             for p, data in zip(below, unmerged, strict=True):
                 p.data = data
+
+
+def _mergeable(model: nn.Module) -> Any:
+    """The PeftModel inside. Raises ValueError where there is none, or it has nothing to merge."""
+    peft_model = _inner(model)
+    if not _is_peft_model(peft_model):
+        raise ValueError(f"merged=True needs a PeftModel, got {type(peft_model).__name__}.")
+    if not hasattr(peft_model.base_model, "merge_adapter"):
+        raise ValueError(
+            f"merged=True: {peft_model.active_peft_config.peft_type.value} adds no weights to "
+            "others, so there is nothing to merge. Export it without."
+        )
+    return peft_model
 
 
 def _merged_names(peft_model: Any, names: Sequence[str]) -> dict[str, str]:

@@ -89,8 +89,9 @@ class EMACallback(Callback):  # type: ignore[misc]
         """Weights are wrapped and restored, optimizers exist, and no step was taken."""
         if self._fit is not None:
             return
-        model, before = trainer.strategy.model, self._after_fit
-        goes_on = before is not None and trainer.global_step and self._averages(model)
+        model = trainer.strategy.model
+        goes_on = trainer.global_step and self._averages(model)
+        before = self._after_fit if goes_on else None
         ema = self._ema = EMA(model, **self._ema_options)
         self._after_fit = None
         # A DeepSpeed engine steps its optimizers itself.
@@ -98,7 +99,7 @@ class EMACallback(Callback):  # type: ignore[misc]
         ema.attach(*steps, every=self._every, start=self._start)
         if trainer.ckpt_path is not None and not _is_of_a_finder(trainer):
             ema.load(existing(_path_of(trainer.ckpt_path), trainer.ckpt_path))
-        elif before is not None and goes_on:  # a second fit of this trainer: more epochs, or none
+        elif before is not None:  # a second fit of this trainer: more epochs, or none
             ema.load_state_dict(before[1])
         # Undone in reverse, whether the fit ends or raises.
         strategy, self._fit = trainer.strategy, ExitStack()

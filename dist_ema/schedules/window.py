@@ -57,7 +57,8 @@ class Window(Ranged):
         blocks = take_number(self, "blocks")
         if not isinstance(blocks, int) or blocks < 1:
             raise ValueError(f"blocks must be a whole number from 1, got {blocks}.")
-        if self.curve not in CURVES if isinstance(self.curve, str) else not callable(self.curve):
+        known = self.curve in CURVES if isinstance(self.curve, str) else callable(self.curve)
+        if not known:
             curves = ", ".join(CURVES)
             raise ValueError(f"curve must be {curves} or a function, got {self.curve!r}.")
         ends = self.scale(0.0), self.scale(1.0)
